@@ -1,0 +1,23 @@
+"""fastlocal trains a timm vision transformer one module at a time.
+
+The public names load on first use, so that ``import fastlocal`` and the command line's ``--help`` need neither torch
+nor timm.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastlocal.trainer import LocalTrainer as LocalTrainer
+
+__version__ = "0.1.0"
+_HOMES = {"LocalTrainer": "fastlocal.trainer"}
+__all__ = ["LocalTrainer", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'fastlocal' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

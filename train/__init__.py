@@ -1,0 +1,1 @@
+"""Recipes and the command line: data, loop, saving, reporting."""
