@@ -1,0 +1,8 @@
+"""Triton must run in its interpreter in every test process: it reads this variable when it is first imported.
+
+The ops interpret kernels only where a test asks for ``use_kernels("triton")``; elsewhere a CPU tensor takes the reference.
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"
