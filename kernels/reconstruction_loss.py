@@ -1,0 +1,327 @@
+"""The decoder's last projection, the pixel shuffle and the reconstruction loss in one op.
+
+The reconstruction is never written to memory whole: the forward reduces it tile by tile to one number per sample, and the
+backward computes each tile again, turns it into the loss's gradient in place and multiplies it away. Reads from the public
+function down to the PyTorch reference; the Triton kernel is in `reconstruction_loss_triton`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fastlocal.kernels import dispatch
+
+Kind = Literal["mse", "l1", "smooth_l1"]
+Reduction = Literal["mean", "sample"]
+NORMALIZATION_EPS = 1e-6
+
+# The tile of the reconstruction that exists at one time. On a card it grows with the number of multiprocessors: enough
+# rows to fill the card and to hide the launches, and no more.
+TILE_ELEMENTS = 2**20
+TILE_ELEMENTS_PER_MULTIPROCESSOR = 2**15
+
+
+def reconstruction_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    upsample: int = 1,
+    kind: Kind = "mse",
+    normalize_target: bool = False,
+    reduction: Reduction = "mean",
+) -> Tensor:
+    """Loss between ``target`` and the pixel-shuffled linear projection of ``hidden``, without the projection in memory.
+
+    Equal to ``F.mse_loss(shuffle(F.linear(hidden, weight, bias)), target)`` (or ``l1_loss``, ``smooth_l1_loss`` with
+    beta 1), where ``shuffle`` moves [B, h, w, (r_row, r_column, Ct)] to [B, (h, r_row), (w, r_column), Ct]: each token
+    becomes an r × r patch, so row ``(i * r + j) * Ct + c`` of ``weight`` predicts channel ``c`` of the patch's pixel (i, j).
+
+    Args:
+        hidden: [B, h, w, Ck], float16, bfloat16, float32 or float64, unit last stride. Tokens [B, N, Ck] go in as
+            [B, N, 1, Ck]. The matrix products are computed in its dtype (under autocast in autocast's), everything
+            else, sums included, in float32. float64 always runs the PyTorch reference, and in float64.
+        weight: [r * r * Ct, Ck], any of these dtypes; its gradient is accumulated in float32 and rounded once.
+        bias: [r * r * Ct] or None.
+        target: [B, h * r, w * r, Ct], any of these dtypes and any strides (an NCHW image permuted to NHWC needs no
+            copy). A constant: it gets no gradient.
+        upsample: r, the side of the patch a token predicts.
+        kind: ``"mse"``, ``"l1"`` or ``"smooth_l1"``.
+        normalize_target: give each target position zero mean and unit (population) variance over its Ct channels, with
+            eps 1e-6, as masked autoencoders do for patches [B, N, 1, r * r * 3] at ``upsample=1``.
+        reduction: ``"mean"`` over everything, or ``"sample"``, the mean of each sample, which lets parts of a batch add
+            up to the whole.
+
+    Returns:
+        float32 (float64 for float64 ``hidden``): a scalar for ``"mean"``, [B] for ``"sample"``. Differentiable once.
+
+    Raises:
+        ValueError: an argument's shape, stride, dtype, device or value is not one of the above, or ``target`` requires
+            grad.
+        RuntimeError: kernels="triton" was asked for and cannot run here.
+    """
+    _check(hidden, weight, bias, target, upsample, kind, reduction)
+    # The autocast rule. Not torch.library's: that would copy the target, which is as large as the reconstruction, and
+    # the weight, whose gradient would be rounded.
+    device_type = hidden.device.type
+    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
+        hidden = hidden.to(torch.get_autocast_dtype(device_type))
+    losses = _forward(hidden, weight, bias, target, upsample, kind, normalize_target)
+    return losses.mean() if reduction == "mean" else losses
+
+
+def workspace_bytes(hidden: Tensor, weight: Tensor, target: Tensor) -> int:
+    """Bytes the op allocates and frees inside one call beside its outputs, at most, on the implementation chosen now.
+
+    Reads shapes, dtypes and the device alone, so it works on fake tensors, whose memory a dispatch mode cannot see
+    inside a custom op.
+    """
+    outputs, channels = weight.shape
+    tokens = hidden.numel() // channels
+    elements = min(tokens, max(1, _tile_elements(hidden.device) // outputs)) * outputs
+    accumulate = _accumulate_dtype(hidden.dtype).itemsize
+    cast_weight = weight.numel() * hidden.dtype.itemsize * (weight.dtype != hidden.dtype)
+    # The tile, its residual, its target and its gradient; the weight gradient's sum and one addend.
+    tile = elements * (2 * accumulate + 2 * hidden.dtype.itemsize) + 8 * tokens
+    return cast_weight + tile + 2 * weight.numel() * accumulate
+
+
+# --- Checks -----------------------------------------------------------------------------------------------------------
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def _check(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, upsample: int, kind: str, reduction: str
+) -> None:
+    if kind not in get_args(Kind):
+        raise ValueError(f"kind must be one of {', '.join(get_args(Kind))}, got {kind!r}.")
+    if reduction not in get_args(Reduction):
+        raise ValueError(f"reduction must be one of {', '.join(get_args(Reduction))}, got {reduction!r}.")
+    if not isinstance(upsample, int) or upsample < 1:
+        raise ValueError(f"upsample must be a positive integer, got {upsample!r}.")
+    tensors = {"hidden": hidden, "weight": weight, "bias": bias, "target": target}
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}.")
+        if tensor.device != hidden.device:
+            raise ValueError(f"{name} must be on hidden's device, {hidden.device}, got {tensor.device}.")
+    if hidden.ndim != 4 or hidden.numel() == 0:
+        raise ValueError(f"hidden must be [B, h, w, Ck] with no empty dimension, got {list(hidden.shape)}.")
+    if hidden.stride(-1) != 1 and hidden.shape[-1] > 1:
+        raise ValueError(f"hidden must have unit stride in its last dimension, got strides {hidden.stride()}.")
+    batch, height, width, channels = hidden.shape
+    expected = [batch, height * upsample, width * upsample]
+    if target.ndim != 4 or list(target.shape[:3]) != expected or target.shape[3] == 0:
+        raise ValueError(
+            f"target must be [{', '.join(map(str, expected))}, Ct] for hidden {list(hidden.shape)} and upsample "
+            f"{upsample}, got {list(target.shape)}."
+        )
+    outputs = upsample**2 * target.shape[3]
+    if list(weight.shape) != [outputs, channels]:
+        raise ValueError(
+            f"weight must be [upsample² · Ct, Ck] = [{outputs}, {channels}] for upsample {upsample}, "
+            f"target {list(target.shape)} and hidden {list(hidden.shape)}, got {list(weight.shape)}."
+        )
+    if bias is not None and list(bias.shape) != [outputs]:
+        raise ValueError(f"bias must be [upsample² · Ct] = [{outputs}] or None, got {list(bias.shape)}.")
+    if target.requires_grad:
+        raise ValueError("target must not require grad: the loss treats it as a constant, so pass target.detach().")
+
+
+# --- Registration -----------------------------------------------------------------------------------------------------
+
+# What to keep for the backward: the inputs, or the gradients for a unit upstream gradient, computed in the forward? The
+# second saves one of four matrix products (6 NKM FLOPs instead of 8 for N tokens; 1-3 % of a Swin stage's step), but holds
+# d_weight in float32 and d_hidden where the first holds hidden: never fewer bytes. It also cannot serve one upstream
+# gradient per sample, and does the backward's work in evaluation. So: keep the inputs, nothing else.
+
+
+@torch.library.custom_op("fastlocal::reconstruction_loss", mutates_args=())
+def _forward(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    upsample: int,
+    kind: str,
+    normalize_target: bool,
+) -> Tensor:
+    """The mean loss of each sample, [B]."""
+    target = _patches(target, upsample)
+    weight = weight.to(hidden.dtype)
+    losses = hidden.new_zeros(hidden.shape[0], dtype=_accumulate_dtype(hidden.dtype))
+    with torch.autocast(hidden.device.type, enabled=False):
+        for tile in _tiles(hidden.shape[:3], weight.shape[0], hidden.device):
+            residual = _reference_residual(hidden[tile], weight, bias, target[tile], normalize_target)
+            losses[tile[0]] += _reference_loss(residual, kind).sum(dim=(1, 2, 3))
+    return losses.div_(target[0].numel())
+
+
+@_forward.register_fake
+def _(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    upsample: int,
+    kind: str,
+    normalize_target: bool,
+) -> Tensor:
+    return hidden.new_empty(hidden.shape[0], dtype=_accumulate_dtype(hidden.dtype))
+
+
+@torch.library.custom_op("fastlocal::reconstruction_loss_backward", mutates_args=())
+def _backward(
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    upsample: int,
+    kind: str,
+    normalize_target: bool,
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of hidden, weight and bias; those not ``needed`` are empty."""
+    needs_hidden, needs_weight, needs_bias = needed
+    target = _patches(target, upsample)
+    cast_weight = weight.to(hidden.dtype)
+    upstream = upstream / target[0].numel()
+    sums = _accumulate_dtype(hidden.dtype)
+    d_hidden = torch.empty(hidden.shape if needs_hidden else 0, dtype=hidden.dtype, device=hidden.device)
+    d_weight = weight.new_zeros(weight.shape if needs_weight else 0, dtype=sums)
+    d_bias = weight.new_zeros(weight.shape[0] if needs_bias else 0, dtype=sums)
+    with torch.autocast(hidden.device.type, enabled=False):
+        for tile in _tiles(hidden.shape[:3], weight.shape[0], hidden.device):
+            residual = _reference_residual(hidden[tile], cast_weight, bias, target[tile], normalize_target)
+            gradient = _reference_gradient(residual, upstream[tile[0]], kind)
+            if needs_bias:
+                d_bias += gradient.sum(dim=(0, 1, 2))
+            gradient = gradient.to(hidden.dtype)
+            if needs_hidden:
+                d_hidden[tile] = gradient @ cast_weight
+            if needs_weight:
+                _add_product(d_weight, gradient.flatten(0, 2), hidden[tile].flatten(0, 2))
+    return d_hidden, d_weight.to(weight.dtype), d_bias if bias is None else d_bias.to(bias.dtype)
+
+
+@_backward.register_fake
+def _(
+    upstream: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    upsample: int,
+    kind: str,
+    normalize_target: bool,
+    needed: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_hidden = torch.empty(hidden.shape if needed[0] else 0, dtype=hidden.dtype, device=hidden.device)
+    d_weight = weight.new_empty(weight.shape if needed[1] else 0)
+    d_bias = (weight if bias is None else bias).new_empty(weight.shape[0] if needed[2] else 0)
+    return d_hidden, d_weight, d_bias
+
+
+def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
+    hidden, weight, bias, target, *ctx.options = inputs  # type: ignore[attr-defined]
+    ctx.save_for_backward(hidden, weight, bias, target)
+
+
+def _autograd(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    needed = ctx.needs_input_grad[:3]
+    gradients = _backward(upstream, *ctx.saved_tensors, *ctx.options, needed)
+    return *(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), *[None] * 4
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+@register_flop_formula(torch.ops.fastlocal.reconstruction_loss)
+def _forward_flops(hidden: torch.Size, weight: torch.Size, *args: object, **kwargs: object) -> int:
+    return 2 * hidden[:3].numel() * weight.numel()
+
+
+@register_flop_formula(torch.ops.fastlocal.reconstruction_loss_backward)
+def _backward_flops(upstream: torch.Size, hidden: torch.Size, weight: torch.Size, *args, **kwargs) -> int:  # type: ignore[no-untyped-def]
+    needs_hidden, needs_weight, _ = args[-1]
+    return _forward_flops(hidden, weight) * (1 + needs_hidden + needs_weight)
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _patches(target: Tensor, upsample: int) -> Tensor:
+    """View [B, h·r, w·r, Ct] as [B, h, w, r, r, Ct]: the patch of each token."""
+    return target.unflatten(2, (-1, upsample)).unflatten(1, (-1, upsample)).transpose(2, 3)
+
+
+def _tile_elements(device: torch.device) -> int:
+    if device.type != "cuda":
+        return TILE_ELEMENTS
+    return TILE_ELEMENTS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def _tiles(shape: Sequence[int], outputs: int, device: torch.device) -> Iterator[tuple[slice, slice, slice]]:
+    """Cut tokens [B, h, w] into boxes of at most `_tile_elements` outputs, whole rows and samples where they fit."""
+    tokens = max(1, _tile_elements(device) // outputs)
+    steps = []
+    for size in reversed(shape):
+        steps.append(min(size, max(1, tokens)))
+        tokens //= size
+    ranges = [[slice(i, i + step) for i in range(0, n, step)] for n, step in zip(shape, reversed(steps), strict=True)]
+    yield from itertools.product(*ranges)  # type: ignore[misc]
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += leftᵀ · right`` with every sum in ``total``'s dtype."""
+    if total.is_cuda and total.dtype != left.dtype:
+        total += torch.mm(left.t(), right, out_dtype=total.dtype)
+    else:
+        total.addmm_(left.t().to(total.dtype), right.to(total.dtype))
+
+
+# --- Reference: one tile in plain PyTorch -----------------------------------------------------------------------------
+
+
+def _reference_residual(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, normalize: bool) -> Tensor:
+    """Reconstruction minus target for tokens [b, h, w, Ck] and their patches [b, h, w, r, r, Ct]: [b, h, w, r·r·Ct]."""
+    residual = (hidden @ weight.t()).to(_accumulate_dtype(hidden.dtype))
+    if bias is not None:
+        residual += bias
+    target = target.to(residual.dtype)
+    if normalize:
+        target = F.layer_norm(target, target.shape[-1:], eps=NORMALIZATION_EPS)
+    return residual.sub_(target.flatten(3))
+
+
+def _reference_loss(residual: Tensor, kind: str) -> Tensor:
+    if kind == "mse":
+        return residual.square_()
+    if kind == "l1":
+        return residual.abs_()
+    size = residual.abs_()
+    return torch.where(size < 1, 0.5 * size.square(), size - 0.5)
+
+
+def _reference_gradient(residual: Tensor, upstream: Tensor, kind: str) -> Tensor:
+    """Derivative of the loss by the residual, times each sample's ``upstream`` [b]."""
+    if kind == "mse":
+        slope = residual.mul_(2)
+    elif kind == "l1":
+        slope = residual.sign_()
+    else:
+        slope = residual.clamp_(-1, 1)
+    return slope.mul_(upstream[:, None, None, None])
