@@ -1,0 +1,395 @@
+"""Counts the bytes a training step really needs, on a CPU, on a GPU, or with no arithmetic at all.
+
+How bytes are counted
+    One *storage* (the memory behind a tensor and all its views) counts its ``nbytes`` once, from the operation that
+    made it to the moment the last tensor, view or autograd node lets go of it. An operation's results count while its
+    arguments still live, as they do on a device. Tensors that existed before the step count from the start if they
+    are given to the `Meter`, and otherwise from the first operation that reads them.
+    Not counted: scratch memory inside one operation (a convolution's workspace, or what a custom op allocates and
+    frees below the dispatcher), the allocator's rounding (512 bytes on CUDA) and fragmentation. On CUDA the meter
+    reports torch's own peak beside its own, which includes the first two.
+
+What the kinds mean (a storage has one kind for its whole life, found out as late as necessary)
+    parameters  what is used as a `torch.nn.Parameter`, and the buffers of the given modules
+    gradients   what was the ``.grad`` of a parameter after a backward, or when an optimizer stepped
+    optimizer   what is in the state of an optimizer that stepped
+    inputs      what existed before the step, or came from outside the dispatcher (a batch from a loader)
+    boundary    what the engine tagged: activations that modules hand to one another
+    graph       made with gradients enabled and still held when a backward operation ran: what autograd saved
+    temporary   the rest
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import weakref
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    is_traceable_wrapper_subclass,
+    is_traceable_wrapper_subclass_type,
+)
+from torch.utils.weak import WeakIdKeyDictionary
+
+Kind = Literal["parameters", "gradients", "optimizer", "inputs", "boundary", "graph", "temporary"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+HOST = "host"  # the name of the pool that `on_host` puts a tensor in
+
+# What the program said about its storages. Marks outlive any one meter: a host copy stays one from step to step.
+_tags: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_on_host: WeakIdKeyDictionary = WeakIdKeyDictionary()
+_active: list[Meter] = []
+
+
+def tag(tensor: Tensor, kind: Kind) -> Tensor:
+    """Say what the storage of ``tensor`` is for; it keeps this kind while it lives. Returns ``tensor``.
+
+    Raises:
+        ValueError: ``kind`` is none of `KINDS`.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind must be one of {', '.join(KINDS)}, got {kind!r}.")
+    return _mark(tensor, _tags, kind)
+
+
+def on_host(tensor: Tensor) -> Tensor:
+    """Count the storage of ``tensor`` in the pool ``"host"``, whatever its device. Returns ``tensor``.
+
+    On a machine without a GPU both sides of an offload are CPU tensors; this mark tells them apart. It holds for the
+    whole life of the storage, so the moment between making a host copy and marking it is not counted on the device.
+    """
+    return _mark(tensor, _on_host, HOST)
+
+
+def _mark(tensor: Tensor, marks: WeakIdKeyDictionary, mark: str) -> Tensor:
+    for storage in _storages(tensor):
+        marks[storage] = mark
+        for meter in _active:
+            meter._apply_marks(storage)
+    return tensor
+
+
+def is_dry_run() -> bool:
+    """Whether tensors have shapes but no data here: inside `dry_run`, or any other fake tensor mode."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+@contextmanager
+def dry_run() -> Iterator[None]:
+    """Inside this block operations on tensors made in it, or by `fake_copy`, compute shapes and lifetimes, no values.
+
+    The fake tensors say they are on the CPU, so CPU rules hold: autocast runs LayerNorm in the low precision (as
+    timm's fast norm does on CUDA), and optimizers step one parameter at a time unless told otherwise.
+
+    Reading a number whose value is unknown (``.item()``, ``float()``) gives 0, so that a GradScaler takes its step; a
+    decision on data (``if tensor:``) raises `torch._subclasses.fake_tensor.DataDependentOutputException`.
+
+        with fastlocal.memory.dry_run():
+            model = fastlocal.memory.fake_copy(model)
+            ...
+            with fastlocal.memory.Meter(model, images) as meter:
+                loss_of(model, images).backward()
+    """
+    with _DryRun():
+        yield
+
+
+def fake_copy(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` for the present `dry_run`, its parameters and buffers without data. ``model`` stays as it is.
+
+    ``model`` may be on any device, ``meta`` too: ``with torch.device("meta"): timm.create_model(...)`` takes no memory.
+
+    Raises:
+        RuntimeError: called outside `dry_run`.
+    """
+    if not is_dry_run():
+        raise RuntimeError("fake_copy makes tensors without data, which only work inside fastlocal.memory.dry_run().")
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): _without_data(tensor) for tensor in tensors})
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+class _DryRun(FakeTensorMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        except DataDependentOutputException:  # not raised where the value is known, as an optimizer's step count is
+            if func is not torch.ops.aten._local_scalar_dense.default or args[0].dtype is torch.bool:
+                raise
+            return 0.0 if args[0].is_floating_point() else 0
+
+
+class _Record:
+    """One storage: its size now, where and what for. ``nbytes`` changes only when the storage is resized."""
+
+    __slots__ = ("kind", "nbytes", "pool", "reference")
+
+    def __init__(self, pool: str, kind: Kind) -> None:
+        self.nbytes = 0
+        self.pool = pool
+        self.kind = kind
+        self.reference: weakref.ref[torch.UntypedStorage] | None = None
+
+
+class Meter(TorchDispatchMode):
+    """Follows every storage that lives while the block runs.
+
+    Works on real CPU and CUDA tensors, and inside `dry_run`. One meter measures one block.
+
+        with Meter(model, optimizer, images) as meter:
+            step(images)
+        meter.peak, meter.peak_by_kind
+
+    Args:
+        given: modules, optimizers and tensors that exist before the block, counted from its start.
+        device: the device whose bytes `peak` and the other readings mean by default. None takes the accelerator that
+            the given tensors are on, or the CPU if there is none: name it where all of them wait on the host.
+
+    Attributes:
+        torch_peak: on CUDA, ``torch.cuda.max_memory_allocated`` of the block in bytes; None elsewhere.
+    """
+
+    def __init__(self, *given: nn.Module | torch.optim.Optimizer | Tensor, device: torch.device | str | None = None):
+        super().__init__()
+        devices = (tensor.device for tensor, _ in _given_tensors(given))
+        self.device = torch.device(device or next((one for one in devices if one.type != "cpu"), "cpu"))
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        self.torch_peak: int | None = None
+        self._given = given
+        self._records: dict[int, _Record] = {}  # by id(storage): torch keeps that object as long as the memory
+        self._events: list[tuple[_Record, int]] = []
+        self._undecided: dict[int, _Record] = {}  # made with gradients enabled since the last backward operation
+        self._handles: list[Any] = []
+        self._hooked: WeakIdKeyDictionary = WeakIdKeyDictionary()
+
+    # What was measured
+
+    @property
+    def peak(self) -> int:
+        """The largest number of bytes alive at one time on `device`."""
+        return self.peak_by_device.get(str(self.device), 0)
+
+    @property
+    def peak_by_kind(self) -> dict[Kind, int]:
+        """The bytes on `device` by kind at the moment of the peak."""
+        return self.timeline(points=1)[0][1]
+
+    @property
+    def peak_by_device(self) -> dict[str, int]:
+        """The peak of every device that held a tensor, and of ``"host"``; they need not coincide in time."""
+        now: dict[str, int] = {}
+        peak: dict[str, int] = {}
+        for record, change in self._events:
+            now[record.pool] = now.get(record.pool, 0) + change
+            peak[record.pool] = max(peak.get(record.pool, 0), now[record.pool])
+        return peak
+
+    @property
+    def live(self) -> int:
+        """The bytes alive on `device` now, or at the end of the block once it is left."""
+        return sum(self.live_by_kind.values())
+
+    @property
+    def live_by_kind(self) -> dict[Kind, int]:
+        """`live`, by kind. What a later backward would show to be graph is still temporary here."""
+        state: dict[Kind, int] = dict.fromkeys(KINDS, 0)
+        for record, change in self._events:
+            if record.pool == str(self.device):
+                state[record.kind] += change
+        return state
+
+    def timeline(self, points: int | None = None, device: str | None = None) -> list[tuple[int, dict[Kind, int]]]:
+        """The bytes by kind over the block: (number of the allocation or release, bytes by kind), in order.
+
+        Args:
+            points: at most this many, each the largest moment of an equal share of the events; all when None.
+            device: another of the devices in `peak_by_device`, or ``"host"``.
+        """
+        share = 1 if points is None else -(-(len(self._events) + 1) // points)
+        line: list[tuple[int, dict[Kind, int]]] = []
+        total = -1
+        for index, state in enumerate(self._states(device or str(self.device))):
+            bytes_now = sum(state.values())
+            if index % share == 0:
+                line.append((index, dict(state)))
+                total = bytes_now
+            elif bytes_now > total:
+                line[-1] = (index, dict(state))
+                total = bytes_now
+        return line
+
+    def _states(self, pool: str) -> Iterator[dict[Kind, int]]:
+        """The bytes by kind after every event; the dictionary is the same one, changed."""
+        state: dict[Kind, int] = dict.fromkeys(KINDS, 0)
+        yield state
+        for record, change in self._events:
+            if record.pool == pool:
+                state[record.kind] += change
+            yield state
+
+    # Following the storages
+
+    def __enter__(self) -> Meter:
+        for tensor, kind in _given_tensors(self._given):
+            self._see(tensor, kind)
+        self._handles = [
+            register_optimizer_step_pre_hook(self._before_optimizer_step),
+            register_optimizer_step_post_hook(self._after_optimizer_step),
+        ]
+        self._resize = torch.UntypedStorage.resize_
+        torch.UntypedStorage.resize_ = self._resize_and_count(self._resize)  # type: ignore[method-assign]
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+        _active.append(self)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        if self.device.type == "cuda":
+            self.torch_peak = torch.cuda.max_memory_allocated(self.device)
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        for handle in [*self._handles, *self._hooked.values()]:
+            handle.remove()
+        _active.remove(self)
+        self._hooked.clear()
+        self._undecided.clear()
+        self._records.clear()  # drops the weak references, and with them what would have been counted later
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
+            return NotImplemented  # the subclass runs first; its inner operations come back here
+        kwargs = kwargs or {}
+        if self._undecided and torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled():
+            # A backward operation. What the forward made and is still held was saved by autograd.
+            for record in self._undecided.values():
+                record.kind = "graph" if record.kind == "temporary" else record.kind
+            self._undecided.clear()
+        for tensor in _tensors((args, kwargs)):
+            if isinstance(tensor, nn.Parameter):
+                self._see(tensor, "parameters")
+                self._watch_gradient(tensor)
+            else:
+                self._see(tensor, None)
+        result = func(*args, **kwargs)
+        for tensor in _tensors((result,)):
+            self._see(tensor, None, made=True)
+        return result
+
+    def _see(self, tensor: Tensor, kind: Kind | None, made: bool = False) -> None:
+        """Count the storage of ``tensor`` if it is new or was resized; ``kind`` says what it is for, if known."""
+        for storage in _storages(tensor):
+            key = id(storage)
+            record = self._records.get(key)
+            if record is None:
+                record = _Record(str(tensor.device), kind or ("temporary" if made else "inputs"))
+                record.reference = weakref.ref(storage, functools.partial(self._release, key))
+                self._records[key] = record
+                if made and torch.is_grad_enabled():
+                    self._undecided[key] = record
+                self._apply_marks(storage)
+            elif kind is not None and kind != record.kind:
+                record.kind = _tags.get(storage, kind)
+            self._count(record, storage.nbytes())
+
+    def _count(self, record: _Record, nbytes: int) -> None:
+        if nbytes != record.nbytes:
+            self._events.append((record, nbytes - record.nbytes))
+            record.nbytes = nbytes
+
+    def _release(self, key: int, _: object) -> None:
+        record = self._records.pop(key, None)
+        self._undecided.pop(key, None)
+        if record is not None:
+            self._count(record, 0)
+
+    def _apply_marks(self, storage: torch.UntypedStorage) -> None:
+        record = self._records.get(id(storage))
+        if record is not None:
+            record.kind = _tags.get(storage, record.kind)
+            record.pool = _on_host.get(storage, record.pool)
+
+    def _resize_and_count(self, resize: Any) -> Any:
+        def resize_and_count(storage: torch.UntypedStorage, size: int) -> None:
+            resize(storage, size)
+            record = self._records.get(id(storage))
+            if record is not None:
+                self._count(record, storage.nbytes())
+
+        return resize_and_count
+
+    # Finding gradients and optimizer states
+
+    def _watch_gradient(self, parameter: Tensor) -> None:
+        if parameter.requires_grad and parameter.is_leaf and parameter not in self._hooked:
+            self._hooked[parameter] = parameter.register_post_accumulate_grad_hook(self._see_gradient)
+
+    def _see_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self._see(parameter.grad, "gradients")
+
+    def _before_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                self._see_gradient(parameter)
+
+    def _after_optimizer_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        for tensor, kind in _given_tensors((optimizer,)):
+            self._see(tensor, kind)
+
+
+def _given_tensors(given: Iterable[nn.Module | torch.optim.Optimizer | Tensor]) -> Iterator[tuple[Tensor, Kind]]:
+    """Every tensor of modules and optimizers, and what it is for."""
+    for one in given:
+        if isinstance(one, nn.Module):
+            yield from _with_gradients(one.parameters())
+            yield from ((buffer, "parameters") for buffer in one.buffers())
+        elif isinstance(one, torch.optim.Optimizer):
+            yield from _with_gradients(parameter for group in one.param_groups for parameter in group["params"])
+            for state in one.state.values():
+                yield from ((value, "optimizer") for value in state.values() if isinstance(value, Tensor))
+        elif isinstance(one, nn.Parameter):
+            yield from _with_gradients([one])
+        else:
+            yield one, "inputs"
+
+
+def _with_gradients(parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, Kind]]:
+    for parameter in parameters:
+        yield parameter, "parameters"
+        if parameter.grad is not None:
+            yield parameter.grad, "gradients"
+
+
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors in an operation's arguments or results."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list)):
+        for branch in tree:
+            yield from _tensors(branch)
+    elif isinstance(tree, dict):
+        for branch in tree.values():
+            yield from _tensors(branch)
+
+
+def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+    """The memory behind ``tensor``: of its parts if it is a wrapper; none on ``meta`` or without strides (sparse)."""
+    if is_traceable_wrapper_subclass(tensor):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _storages(getattr(tensor, name))
+    elif tensor.layout is torch.strided and tensor.device.type != "meta":
+        yield tensor.untyped_storage()

@@ -1,0 +1,323 @@
+"""The meter against paper and pencil, against torch's MemTracker, and a dry run against a real one."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import timm
+import torch
+from torch import Tensor, nn
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.nn import functional as F
+from torch.testing._internal.two_tensor import TwoTensor
+from torch.utils.checkpoint import checkpoint
+
+from fastlocal import memory
+from fastlocal.memory import KINDS, Meter
+
+MIB = 2**20
+
+
+def test_a_matmul_chain_counts_as_on_paper() -> None:
+    a, b = torch.randn(64, 32), torch.randn(32, 128)  # 8 KiB, 16 KiB
+    c = torch.randn(128, 16)  # 8 KiB, not given: counts from its first use
+    with Meter(a, b) as meter:
+        d = a @ b  # 32 KiB
+        e = d @ c  # 4 KiB, while d and c live: the peak
+        del d
+        f = e.relu()  # 4 KiB
+    del f
+    assert [sum(state.values()) // 1024 for _, state in meter.timeline()] == [0, 8, 24, 56, 64, 68, 36, 40]
+    assert meter.peak == 68 * 1024
+    assert meter.live == 40 * 1024
+    assert meter.peak_by_kind == {**dict.fromkeys(KINDS, 0), "inputs": 32 * 1024, "temporary": 36 * 1024}
+
+
+def test_views_and_in_place_operations_are_free() -> None:
+    x = torch.randn(32, 32)
+    with Meter(x) as meter:
+        view = x.view(-1)[4:].reshape(3, -1).transpose(0, 1)
+        view.mul_(2)
+        x.add_(1).clamp_(0, 1)
+    assert meter.peak == meter.live == x.nbytes
+
+
+def test_a_temporary_inside_an_expression_is_freed() -> None:
+    x = torch.randn(256)
+    with Meter(x) as meter:
+        for _ in range(10):
+            y = (x * 2 + 1).sum()  # at most: x * 2 and its + 1
+    assert meter.peak == 3 * x.nbytes + y.nbytes  # the last round's y is still there in the next
+    assert meter.live == x.nbytes + y.nbytes
+
+
+def test_the_graph_is_what_autograd_saved() -> None:
+    x, w = torch.randn(64, 32), nn.Parameter(torch.randn(32, 32))
+    unit = 64 * 32 * 4
+    with Meter(w, x) as meter:
+        loss = (x @ w).exp().tanh().sum()  # saved: exp's and tanh's results; the product is let go
+        forward = meter.live
+        loss.backward()
+    assert forward == w.nbytes + x.nbytes + 2 * unit + 4
+    graph = max(state["graph"] for _, state in meter.timeline())
+    assert graph == 2 * unit + loss.nbytes + 4  # and backward's incoming gradient, which is made like the loss
+    assert meter.live_by_kind["gradients"] == w.nbytes
+    assert meter.live == x.nbytes + 2 * w.nbytes + loss.nbytes
+
+
+def test_what_only_the_forward_needs_is_temporary() -> None:
+    w = nn.Parameter(torch.randn(128))
+    with Meter(w) as meter:
+        loss = ((w + 1) + 2).sum()  # additions and sums save nothing
+        loss.backward()
+    assert max(state["graph"] for _, state in meter.timeline()) == 8
+    assert max(state["temporary"] for _, state in meter.timeline()) >= 2 * w.nbytes
+
+
+def test_parameters_gradients_and_adam_states() -> None:
+    model = nn.Sequential(nn.Linear(30, 50), nn.BatchNorm1d(50), nn.Linear(50, 7))
+    optimizer = torch.optim.AdamW(model.parameters())
+    parameters = sum(p.nbytes for p in model.parameters())
+    with Meter(model) as meter:
+        model(torch.randn(5, 30)).sum().backward()
+        optimizer.step()
+        during = meter.live_by_kind
+        optimizer.zero_grad()
+    assert during["gradients"] == parameters
+    assert meter.live_by_kind["gradients"] == 0
+    assert meter.live_by_kind["optimizer"] == 2 * parameters + 4 * len(list(model.parameters()))
+    assert meter.live_by_kind["parameters"] == parameters + sum(b.nbytes for b in model.buffers())
+    with Meter(model, optimizer) as again:  # what exists before counts from the start
+        pass
+    assert again.peak == meter.live
+
+
+def test_accumulated_gradients_stay_gradients() -> None:
+    w = nn.Parameter(torch.randn(100))
+    with Meter(w) as meter:
+        for _ in range(3):
+            (w * w).sum().backward()
+    assert meter.live_by_kind["gradients"] == w.nbytes
+    assert meter.live == 2 * w.nbytes
+
+
+class Block(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.down = nn.Linear(4 * width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(F.gelu(self.up(self.norm(x))))
+
+
+class Net(nn.Module):
+    def __init__(self, width: int = 64, depth: int = 3, recompute: bool = False) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(Block(width) for _ in range(depth))
+        self.head = nn.Linear(width, 10)
+        self.recompute = recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute else block(x)
+        return self.head(x.mean(1))
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, images: Tensor, labels: Tensor) -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = F.cross_entropy(model(images), labels)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def batch() -> tuple[Tensor, Tensor]:
+    return torch.randn(16, 49, 64), torch.arange(16) % 10
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_agrees_with_mem_tracker_to_the_byte(recompute: bool) -> None:
+    model = Net(recompute=recompute)
+    optimizer = torch.optim.AdamW(model.parameters())
+    data = batch()
+    train(model, optimizer, *data)
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer, *data)
+    with tracker:
+        train(model, optimizer, *data)
+    with Meter(model, optimizer, *data) as meter:
+        train(model, optimizer, *data)
+    (peak,) = tracker.get_tracker_snapshot("peak").values()
+    assert meter.peak == peak["Total"]
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_dry_run_measures_what_a_real_run_does(recompute: bool) -> None:
+    model, data = Net(recompute=recompute), batch()
+    with memory.dry_run():
+        fake = memory.fake_copy(model)
+        optimizer = torch.optim.AdamW(fake.parameters())
+        images, labels = torch.empty(16, 49, 64), torch.empty(16, dtype=torch.long)
+        with Meter(fake, images, labels) as dry:
+            train(fake, optimizer, images, labels)
+    optimizer = torch.optim.AdamW(model.parameters())
+    with Meter(model, *data) as real:
+        train(model, optimizer, *data)
+    assert dry.peak == real.peak
+    assert dry.peak_by_kind == real.peak_by_kind
+    assert dry.live_by_kind == real.live_by_kind
+
+
+def test_recomputation_keeps_one_block_in_the_graph() -> None:
+    def graph(recompute: bool, depth: int) -> int:
+        model = Net(recompute=recompute, depth=depth)
+        with Meter(model) as meter:
+            train(model, torch.optim.SGD(model.parameters(), 0.1), *batch())
+        return max(state["graph"] for _, state in meter.timeline())
+
+    boundary = 16 * 49 * 64 * 4
+    assert graph(True, 5) - graph(True, 3) <= 2 * boundary + 4096
+    assert graph(False, 5) - graph(False, 3) > 2 * 8 * boundary / 2  # per block at least 8 boundaries in bfloat16
+
+
+def test_kinds_add_up_and_thinning_keeps_the_peak() -> None:
+    model = Net()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with Meter(model) as meter:
+        train(model, optimizer, *batch())
+    whole = meter.timeline()
+    assert [index for index, _ in whole] == list(range(len(whole)))
+    assert max(sum(state.values()) for _, state in whole) == meter.peak == sum(meter.peak_by_kind.values())
+    thin = meter.timeline(points=20)
+    assert len(thin) <= 20
+    assert set(map(str, thin)) <= set(map(str, whole))
+    assert max(sum(state.values()) for _, state in thin) == meter.peak
+
+
+@pytest.mark.parametrize("dry", [False, True])
+def test_follows_a_parameter_whose_data_is_swapped(dry: bool) -> None:
+    def swap() -> Meter:
+        parameter = nn.Parameter(torch.ones(1000))
+        host = memory.on_host(parameter.data.clone())
+        with Meter(parameter, host) as meter:
+            parameter.data = host  # the device copy goes
+            assert meter.live == 0
+            assert meter.peak_by_device == {"cpu": 4000, "host": 4000}
+            parameter.data = host.clone()  # and comes back
+            (parameter * 2).sum().backward()
+            assert meter.live_by_kind["parameters"] == 4000
+            parameter.data = parameter.data.new_empty(0)
+            assert meter.live_by_kind["parameters"] == 0
+        return meter
+
+    if dry:
+        with memory.dry_run():
+            meter = swap()
+    else:
+        meter = swap()
+    assert meter.live_by_kind["gradients"] == 4000
+
+
+def test_resizing_a_storage_is_seen() -> None:
+    x = torch.randn(1000)
+    with Meter(x) as meter:
+        x.untyped_storage().resize_(0)
+        assert meter.live == 0
+        x.untyped_storage().resize_(8000)
+        grown = torch.empty(10)
+        grown.resize_(500)
+    assert meter.live == 10_000
+
+
+def test_marks_hold_from_the_first_moment_and_across_meters() -> None:
+    with Meter() as meter:
+        kept = memory.tag(torch.empty(100), "boundary")
+        away = memory.on_host(torch.empty(50))
+    assert meter.peak == 400
+    assert meter.peak_by_kind["boundary"] == 400
+    assert meter.peak_by_device == {"cpu": 400, "host": 200}
+    with Meter() as later:
+        (kept.view(10, 10)[0] + 1).sum()
+        away.add_(1)
+    assert later.peak_by_kind["boundary"] == 400
+    assert later.peak_by_device["host"] == 200
+    gc.collect()
+    before = len(memory._tags), len(memory._on_host)
+    del kept, away
+    assert (len(memory._tags), len(memory._on_host)) == (before[0] - 1, before[1] - 1)
+
+
+def test_a_tag_wins_over_what_the_meter_finds() -> None:
+    w = nn.Parameter(torch.randn(10))
+    memory.tag(w, "inputs")
+    with Meter(w) as meter:
+        (w * 2).sum()
+    assert meter.peak_by_kind["inputs"] == w.nbytes
+    with pytest.raises(ValueError, match="kind must be one of parameters, gradients"):
+        memory.tag(w, "weights")  # type: ignore[arg-type]
+
+
+def test_the_parts_of_a_wrapper_tensor_count() -> None:
+    pair = TwoTensor(torch.randn(100), torch.randn(100))
+    with Meter(pair) as meter:
+        twice = pair * 2
+        assert meter.live == 1600
+        del twice
+        assert meter.live == 800
+
+
+def test_fake_copy_shares_ties_and_leaves_the_model_alone() -> None:
+    model = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Linear(3, 3, bias=False), nn.BatchNorm1d(3))
+    model[1].weight = model[0].weight
+    model[2].weight.requires_grad_(False)
+    with memory.dry_run():
+        assert memory.is_dry_run()
+        fake = memory.fake_copy(model)
+        assert fake[1].weight is fake[0].weight
+        assert not fake[2].weight.requires_grad
+        fake(torch.empty(2, 3)).sum().backward()
+        assert fake[0].weight.grad is not None
+    assert not memory.is_dry_run()
+    assert model[0].weight.grad is None
+    assert type(model[0].weight.data) is Tensor
+    with pytest.raises(RuntimeError, match="tensors without data"):
+        memory.fake_copy(model)
+
+
+def test_a_dry_run_takes_an_optimizer_and_a_grad_scaler() -> None:
+    with memory.dry_run():
+        model = nn.Linear(100, 100)
+        optimizer = torch.optim.AdamW(model.parameters())
+        scaler = torch.amp.GradScaler("cpu")
+        with Meter(model) as meter:
+            for _ in range(2):
+                loss = model(torch.empty(4, 100)).sum()
+                scaler.scale(loss).backward()
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad()
+        assert float(loss.detach()) == 0.0
+        with pytest.raises(RuntimeError):
+            bool(loss > 0)
+    assert meter.live_by_kind["optimizer"] == 2 * 4 * 10_100 + 2 * 4
+
+
+@pytest.mark.parametrize(("recompute", "expected"), [(False, 4185), (True, 1492)])
+def test_swin_tiny_at_batch_64(recompute: bool, expected: int) -> None:
+    """What is known of this step, without the 36.75 MiB of images."""
+    with torch.device("meta"):
+        model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=10)
+    with memory.dry_run():
+        model = memory.fake_copy(model)
+        model.set_grad_checkpointing(recompute)
+        optimizer = torch.optim.AdamW(model.parameters())
+        train(model, optimizer, torch.empty(1, 3, 224, 224), torch.empty(1, dtype=torch.long))
+        images = torch.empty(64, 3, 224, 224)
+        with Meter(model, optimizer, images) as meter:
+            train(model, optimizer, images, torch.empty(64, dtype=torch.long))
+    assert (meter.peak - images.nbytes) / MIB == pytest.approx(expected, rel=0.002)
