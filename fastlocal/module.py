@@ -1,0 +1,87 @@
+"""A local module: some consecutive blocks, and the heads they learn from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from fastlocal.backbone import Backbone, Block
+from fastlocal.decoders import Decoder
+from fastlocal.heads import AuxiliaryHead
+from fastlocal.objectives import Features
+
+Recompute = Literal["none", "block"]
+
+
+class LocalModule(nn.Module):
+    """Blocks ``span`` of a backbone with their auxiliary head and decoder.
+
+    The first module also has the stem and the last one the head of the backbone. Stem, blocks and head are the user's own.
+
+    Args:
+        span: the indices of the module's blocks.
+        auxiliary: classifier of a local module; None in the last module and for exact gradients.
+        decoder: None where the objective reconstructs nothing.
+        lookahead: how many blocks of the next module the auxiliary head looks through. They stay the next module's: both
+            modules' losses contribute to their gradient.
+        measure_residual: compute `Features.residual`.
+        recompute: ``"block"`` keeps the input of each block and recomputes its inside in the backward, in all blocks but
+            the last, whose backward comes first and would free nothing.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        span: range,
+        *,
+        auxiliary: AuxiliaryHead | None = None,
+        decoder: Decoder | None = None,
+        lookahead: int = 0,
+        measure_residual: bool = False,
+        recompute: Recompute = "none",
+    ) -> None:
+        super().__init__()
+        self.span = span
+        self.stem = backbone.stem if span.start == 0 else None
+        self.blocks = nn.ModuleList(backbone.blocks[span.start : span.stop])
+        self.head = backbone.head if span.stop == len(backbone.blocks) else None
+        self.auxiliary = auxiliary
+        self.decoder = decoder
+        # In a tuple, so that their parameters are not counted as this module's own.
+        self.lookahead: tuple[Block, ...] = backbone.blocks[span.stop : span.stop + lookahead]
+        self.measure_residual = measure_residual
+        self.recompute = recompute
+
+    @property
+    def reads_image(self) -> bool:
+        """Whether the module's loss needs the images."""
+        return self.decoder is not None and self.decoder.target.layout == "NCHW"
+
+    def forward(self, x: Tensor) -> Features:
+        """Run stem (in module 1) and blocks on ``x``, images or the previous module's output."""
+        embedded = x if self.stem is None else self.stem(x)
+        h, residual = embedded, None
+        for block in self.blocks:
+            if self.recompute == "block" and torch.is_grad_enabled() and block is not self.blocks[-1]:
+                h, moved = checkpoint(self._run, block, h, use_reentrant=False)
+            else:
+                h, moved = self._run(block, h)
+            if moved is not None:
+                residual = moved if residual is None else residual + moved
+        return Features(embedded, h, residual)
+
+    def _run(self, block: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        before, after = block(x)
+        return after, (after - before).float().square().mean() if self.measure_residual else None
+
+    def classify(self, h: Tensor) -> Tensor:
+        """Logits [B, classes] from the module's output: the backbone's head in the last module, the auxiliary one elsewhere."""
+        if self.head is not None:
+            return self.head(h)
+        assert self.auxiliary is not None
+        for block in self.lookahead:
+            _, h = block(h)
+        return self.auxiliary(h)

@@ -1,0 +1,678 @@
+"""The training step: one module at a time, one part of the batch at a time.
+
+A local step trains module 1 on the batch, hands its detached output to module 2, and so on; a part's graph is gone before the
+next part runs, a module's gradients and state before the next module runs. The exact step (``objective="end-to-end"``) runs all
+modules forward without a graph, keeping what stands between them, and then goes back from the last module to the first,
+running each again with a graph and feeding it the gradient of its output.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from timm.optim import param_groups_weight_decay
+from timm.utils import ModelEmaV3
+from torch import Tensor, nn
+
+from fastlocal import memory
+from fastlocal.backbone import backbone
+from fastlocal.decoders import DECODERS, Kind
+from fastlocal.heads import AuxiliaryHead
+from fastlocal.kernels import dispatch, use_kernels
+from fastlocal.kernels.dispatch import CHOICES, Choice
+from fastlocal.module import LocalModule, Recompute
+from fastlocal.objectives import OBJECTIVES, Features, Objective
+from fastlocal.partition import partition
+from fastlocal.residency import Keep, Residency
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """What one step measured; tensors stay on the device, so that reading them is the caller's choice.
+
+    Attributes:
+        loss: [exits] fp32, each classifier's cross-entropy, a mean over the batch. Every module has a classifier, except
+            that exact gradients use the last one only.
+        correct: [exits], how many samples each classifier got right (against the likelier label, if labels are soft).
+        regularizer: [exits] fp32, reconstruction or transport term before its weight; 0 where there is none.
+        gradient_norm: [modules] fp32, before clipping.
+        skipped: [modules] bool, whether a non-finite gradient made the module skip its step.
+        samples: size of the batch.
+    """
+
+    loss: Tensor
+    correct: Tensor
+    regularizer: Tensor
+    gradient_norm: Tensor
+    skipped: Tensor
+    samples: int
+
+
+class LocalTrainer:
+    """Trains a timm vision transformer in place, one module at a time.
+
+    Args:
+        model: a timm model (swin_*, swinv2_*, vit_*, deit*, beit*, eva02_*). It stays an ordinary timm model.
+        modules: K, ``"stages"`` or cut points; see `fastlocal.partition.partition`.
+        objective: ``"feature"``, ``"image"``, ``"cross-entropy"``, ``"transport"`` or ``"end-to-end"``; see
+            `fastlocal.objectives`.
+        decoder: ``"linear"``, ``"mlp"``, ``"conv"`` or ``"transformer"``; see `fastlocal.decoders`.
+        optimizer: called once per module with its parameter groups (weights, and those that timm keeps free of weight
+            decay: biases, norms and the model's ``no_weight_decay()``). Default: AdamW, lr 5e-4, weight decay 0.05.
+        micro_batch: samples in a part. Gradients are those of the whole batch. None: the whole batch at once.
+        recompute: ``"block"`` recomputes the inside of each block in the backward, ``"none"`` keeps it.
+        residency: ``"all"``, ``"optimizer"`` or ``"module"``: what of the idle modules stays on the device; see
+            `fastlocal.residency`.
+        amp_dtype: autocast dtype, torch.bfloat16 or torch.float16 (with loss scaling); None computes in fp32. Activations
+            between modules are stored in it.
+        device: where to train. Default: where the model is.
+        clip_grad: largest gradient norm of a module.
+        label_smoothing: of the cross-entropy.
+        ema_decay: keep an exponential moving average of the model, with timm's ModelEmaV3, in ``ema``.
+        normalize: (mean, std) per channel, for uint8 images, which are scaled to [0, 1] and normalized part by part.
+            Default: the model's ``pretrained_cfg``.
+        kernels: ``"auto"``, ``"triton"`` or ``"reference"``; see `fastlocal.kernels`.
+        first_target: what module 1 reconstructs for ``"feature"``: its input ``"image"`` or the ``"patch"`` embedding.
+        reconstruction: ``"mse"``, ``"l1"`` or ``"smooth_l1"``.
+        normalize_target: normalize each reconstructed token, as masked autoencoders do.
+        regularizer_weight: of the reconstruction or transport term, one number or one per local module. Default: the
+            objective's.
+        classification_weight: of the auxiliary cross-entropy, likewise.
+        lookahead: blocks of the next module that each auxiliary head looks through and trains as well.
+        compile: compile each module with torch.compile.
+
+    Raises:
+        ValueError: an argument is not one of the above, or the model is not supported.
+        RuntimeError: kernels="triton" was asked for and cannot run on the device.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        modules: int | str | Sequence[int] = 4,
+        objective: str = "feature",
+        decoder: str = "linear",
+        optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
+        micro_batch: int | None = None,
+        recompute: Recompute = "none",
+        residency: Keep = "all",
+        amp_dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+        clip_grad: float | None = None,
+        label_smoothing: float = 0.0,
+        ema_decay: float | None = None,
+        normalize: tuple[Sequence[float], Sequence[float]] | None = None,
+        kernels: Choice = "auto",
+        first_target: Literal["image", "patch"] = "image",
+        reconstruction: Kind = "mse",
+        normalize_target: bool = False,
+        regularizer_weight: float | Sequence[float] | None = None,
+        classification_weight: float | Sequence[float] | None = None,
+        lookahead: int = 0,
+        compile: bool = False,
+    ) -> None:
+        _check_choice("objective", objective, list(OBJECTIVES))
+        _check_choice("decoder", decoder, list(DECODERS))
+        _check_choice("recompute", recompute, get_args(Recompute))
+        _check_choice("residency", residency, get_args(Keep))
+        _check_choice("kernels", kernels, CHOICES)
+        _check_choice("first_target", first_target, ("image", "patch"))
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(f"micro_batch must be at least 1, or None for the whole batch; got {micro_batch}.")
+        if lookahead < 0:
+            raise ValueError(f"lookahead must be at least 0, got {lookahead}.")
+        self.device = torch.device(device) if device is not None else next(model.parameters()).device
+        if self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
+        _check_amp(amp_dtype, self.device)
+
+        self.model = model
+        self.backbone = backbone(model)
+        self.classes: int = model.num_classes
+        if self.classes < 1:
+            raise ValueError("model has no classifier (num_classes=0); build it with the number of classes.")
+        self.spans = partition(self.backbone, modules)
+        self.objective: Objective = OBJECTIVES[objective](first_target)
+        self.micro_batch = micro_batch
+        self.amp_dtype = amp_dtype
+        self.clip_grad = clip_grad
+        self.label_smoothing = label_smoothing
+        self.kernels: Choice = kernels
+        self.steps = 0
+        mean, std = _mean_std(normalize, model, self.backbone.image.channels)
+        self._mean, self._std = mean.to(self.device), std.to(self.device)
+        self._regularizer_weights, self._classification_weights = self._weights(
+            regularizer_weight, classification_weight
+        )
+
+        # The average is copied first: it shares neither fused attention nor host memory with the model.
+        self.ema: ModelEmaV3 | None = None
+        if ema_decay is not None:
+            on_host = residency == "module"
+            self.ema = ModelEmaV3(
+                model, decay=ema_decay, device=torch.device("cpu") if on_host else None, foreach=not on_host
+            )
+            if on_host:
+                for value in self.ema.module.state_dict().values():
+                    memory.on_host(value)
+            else:
+                self.ema.module.to(self.device)
+        with use_kernels(kernels):
+            fused = kernels != "reference" and dispatch.implementation(self.device) == "triton"
+        self.fused_layers = _accelerate(model) if fused else 0
+
+        self.modules = tuple(
+            self._build(k, decoder, reconstruction, normalize_target, lookahead, recompute)
+            for k in range(len(self.spans))
+        )
+        for tensors in (model.buffers(),) if residency == "module" else (model.parameters(), model.buffers()):
+            for tensor in tensors:
+                tensor.data = tensor.data.to(self.device)
+        for module in self.modules:
+            for head in (module.auxiliary, module.decoder):
+                if head is not None:
+                    head.to(self.device)
+
+        self._trained, optimizers = self._optimizers(optimizer or _adamw)
+        self.optimizers: list[torch.optim.Optimizer] = [o for o in optimizers if o is not None]
+        self._optimizer_of = optimizers
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == torch.float16)
+        self.residency = Residency(self.modules, optimizers, residency, self.device)
+        if compile:
+            for module in self.modules:
+                module.compile()
+
+    # The public face
+
+    @property
+    def exit_names(self) -> list[str]:
+        """Names of the classifiers, in the order of `StepMetrics.loss` and of `predict`."""
+        return [f"module {i + 1}" for i in self._exits]
+
+    def step(self, images: Tensor, labels: Tensor) -> StepMetrics:
+        """Train every module once on a batch.
+
+        Args:
+            images: [B, 3, H, W], floating (already normalized) or uint8 (normalized here, part by part).
+            labels: [B] class indices, or [B, classes] probabilities.
+
+        Raises:
+            ValueError: shapes do not fit the model, a label is outside the classes, or (where looking costs no
+                synchronization: on CPU tensors) a pixel is NaN or infinite.
+        """
+        self._check_batch(images, labels)
+        if not self.model.training:
+            self.model.train()
+        for module in self.modules:
+            module.train()
+        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        record = _Recorder(len(images), self._exits, len(self.modules), self.device)
+        with use_kernels(self.kernels):
+            if self.objective.exact:
+                self._exact_step(images, labels, record)
+            else:
+                self._local_step(images, labels, record)
+        if self.scaler.is_enabled() and self.optimizers:
+            self.scaler.update()
+        self.residency.synchronize()
+        self.steps += 1
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.steps)
+        return record.metrics()
+
+    @torch.no_grad()
+    def predict(self, images: Tensor, *, ema: bool = False) -> Tensor:
+        """Logits [exits, B, classes] (fp32) of every classifier in eval mode; exits before the last come for free.
+
+        Args:
+            images: as for `step`.
+            ema: use the moving average of the model, which has only the last classifier: [1, B, classes].
+        """
+        self._check_images(images)
+        images = images.to(self.device, non_blocking=True)
+        parts = self._parts(len(images))
+        if ema:
+            if self.ema is None:
+                raise ValueError("ema=True needs a trainer with ema_decay set.")
+            average = self.ema.module.to(self.device)
+            with self._autocast():
+                return torch.cat([average(self._prepare(images[part])).float() for part in parts]).unsqueeze(0)
+        self.model.eval()
+        for module in self.modules:
+            module.eval()
+        logits = []
+        x = images
+        with use_kernels(self.kernels):
+            for k in range(len(self.modules)):
+                with self.residency.on_device(k, self._next(k)):
+                    outputs = [self._infer(k, x[part]) for part in parts]
+                x = torch.cat([output for output, _ in outputs])
+                if k in self._exits:
+                    logits.append(torch.cat([logit for _, logit in outputs if logit is not None]))
+        return torch.stack(logits)
+
+    def ema_state_dict(self) -> dict[str, Tensor] | None:
+        """The state dict of the model's moving average, or None without one."""
+        return None if self.ema is None else self.ema.module.state_dict()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything that training continues from, except random number generators: plain containers and tensors only."""
+        return {
+            "version": STATE_VERSION,
+            "objective": self.objective.name,
+            "cuts": [span.start for span in self.spans],
+            "steps": self.steps,
+            "model": self.model.state_dict(),
+            "heads": {
+                f"{k}.{name}": value
+                for k, module in enumerate(self.modules)
+                for name, value in _heads(module).state_dict().items()
+            },
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "scaler": self.scaler.state_dict(),
+            "ema": self.ema_state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`; residency, micro-batch, recomputation and device may differ from the saved run's.
+
+        Raises:
+            ValueError: the state is of another model, partition or objective. Nothing has changed then.
+        """
+        ours = {"version": STATE_VERSION, "objective": self.objective.name, "cuts": [s.start for s in self.spans]}
+        for key, value in ours.items():
+            if state.get(key) != value:
+                raise ValueError(f"state: its {key} is {state.get(key)!r}, and this trainer's is {value!r}.")
+        _check_fit("model", state["model"], self.model.state_dict())
+        heads = [_heads(module) for module in self.modules]
+        ours_heads = {f"{k}.{name}": v for k, head in enumerate(heads) for name, v in head.state_dict().items()}
+        _check_fit("heads", state["heads"], ours_heads)
+        if len(state["optimizers"]) != len(self.optimizers) or (state["ema"] is None) != (self.ema is None):
+            raise ValueError("state: it was saved with other optimizers or another ema_decay than this trainer's.")
+        self.model.load_state_dict(state["model"])
+        for k, head in enumerate(heads):
+            head.load_state_dict(
+                {name.split(".", 1)[1]: v for name, v in state["heads"].items() if name.startswith(f"{k}.")}
+            )
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        self.residency.park_optimizer_states()
+        if self.scaler.is_enabled():
+            self.scaler.load_state_dict(state["scaler"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state["ema"])
+        self.steps = state["steps"]
+
+    # The two steps
+
+    def _local_step(self, images: Tensor, labels: Tensor, record: _Recorder) -> None:
+        x = images
+        for k, module in enumerate(self.modules):
+            with self.residency.on_device(k, self._next(k)):
+                output: Tensor | None = None
+                for part in self._parts(len(labels)):
+                    image = images[part] if module.reads_image else None
+                    h = self._train_part(k, x[part], image, labels[part], record)
+                    if module.head is None:
+                        # Where shapes allow, a part's output takes the place of its input: nobody reads that again.
+                        output = self._store(h, part, output, len(labels), over=x if k > 0 else None)
+                    del h
+                self._update(k, record)
+            if output is not None:
+                x = output
+            if not any(later.reads_image for later in self.modules[k + 1 :]):
+                images = x
+
+    def _train_part(self, k: int, x: Tensor, image: Tensor | None, labels: Tensor, record: _Recorder) -> Tensor:
+        """Forward and backward of a local module on one part; returns the detached output, and the graph is gone."""
+        module = self.modules[k]
+        if k == 0:
+            image = x = self._prepare(x)
+        elif image is not None:
+            image = self._prepare(image)
+        with self._autocast():
+            features = module(x)
+            logits = module.classify(features.output)
+            regularizer = None
+            if module.head is None and self._regularizer_weights[k] != 0:
+                regularizer = self.objective.regularizer(module.decoder, features, image)
+        loss = total = self._criterion(logits, labels)
+        if module.head is None:
+            total = self._classification_weights[k] * loss
+            if regularizer is not None:
+                total = total + self._regularizer_weights[k] * regularizer
+        record.add(k, loss, logits, labels, regularizer)
+        self._backward(total, len(labels) / record.samples)
+        return features.output.detach()
+
+    def _exact_step(self, images: Tensor, labels: Tensor, record: _Recorder) -> None:
+        parts = self._parts(len(labels))
+        last = len(self.modules) - 1
+        # Forward without a graph: what enters each module, and the random numbers each part of it is about to draw.
+        entering = [images]
+        generators: list[list[_GeneratorState]] = []
+        for k in range(last):
+            generators.append([])
+            with self.residency.on_device(k, k + 1):
+                output: Tensor | None = None
+                for part in parts:
+                    generators[k].append(_generator_state(self.device))
+                    output = self._store(self._forward_part(k, entering[k][part]), part, output, len(labels))
+            assert output is not None
+            entering.append(output)
+            del output
+        # Backward: once a part is through, the gradient of what entered a module takes its place.
+        gradient: Tensor | None = None
+        for k in range(last, -1, -1):
+            with self.residency.on_device(k, k - 1 if k > 0 else None):
+                for i, part in enumerate(parts):
+                    if k == last:
+                        grad = self._backpropagate_last(entering[k][part], labels[part], record)
+                    else:
+                        assert gradient is not None
+                        with _replay(generators[k][i], self.device):
+                            grad = self._backpropagate_part(k, entering[k][part], gradient[part])
+                    if grad is not None and len(parts) == 1:
+                        entering[k] = grad
+                    elif grad is not None:
+                        entering[k][part] = grad
+                    del grad
+                gradient = entering.pop()
+                self._update(k, record)
+
+    @torch.no_grad()
+    def _forward_part(self, k: int, x: Tensor) -> Tensor:
+        with self._autocast():
+            return self.modules[k](self._prepare(x) if k == 0 else x).output
+
+    def _backpropagate_last(self, x: Tensor, labels: Tensor, record: _Recorder) -> Tensor | None:
+        """Loss and backward of the last module on one part; returns the gradient of ``x``, None for images."""
+        k = len(self.modules) - 1
+        x = self._leaf(k, x)
+        with self._autocast():
+            logits = self.modules[k].classify(self.modules[k](x).output)
+        loss = self._criterion(logits, labels)
+        record.add(k, loss, logits, labels, None)
+        self._backward(loss, len(labels) / record.samples)
+        return x.grad
+
+    def _backpropagate_part(self, k: int, x: Tensor, gradient: Tensor) -> Tensor | None:
+        """Run module ``k`` on one part again and backpropagate ``gradient``; returns the gradient of ``x``."""
+        x = self._leaf(k, x)
+        with self._autocast():
+            output = self.modules[k](x).output
+        if output.requires_grad:
+            output.backward(gradient.to(output.dtype))
+        return x.grad
+
+    def _leaf(self, k: int, x: Tensor) -> Tensor:
+        return self._prepare(x) if k == 0 else x.detach().requires_grad_()
+
+    # What both steps use
+
+    def _parts(self, batch: int) -> list[slice]:
+        size = self.micro_batch or batch
+        return [slice(start, min(start + size, batch)) for start in range(0, batch, size)]
+
+    def _next(self, k: int) -> int | None:
+        return k + 1 if k + 1 < len(self.modules) else None
+
+    @property
+    def _exits(self) -> range:
+        return range(len(self.modules) - 1 if self.objective.exact else 0, len(self.modules))
+
+    def _prepare(self, images: Tensor) -> Tensor:
+        """uint8 → normalized fp32; floating images come normalized already."""
+        if images.dtype != torch.uint8:
+            return images
+        return images.float().sub_(self._mean).div_(self._std)
+
+    def _autocast(self) -> torch.autocast:
+        # One context per forward and no weight cache: the cache would hold low-precision copies of all weights that were
+        # ever used in the context, and go stale when the optimizer steps. A forward uses each weight once anyway.
+        return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None, cache_enabled=False)
+
+    def _criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+
+    def _backward(self, loss: Tensor, share: float) -> None:
+        """Backward of a mean over a part, as its share of the mean over the batch."""
+        self.scaler.scale(loss if share == 1 else loss * share).backward()
+
+    def _store(self, h: Tensor, part: slice, whole: Tensor | None, batch: int, over: Tensor | None = None) -> Tensor:
+        """Put a part's output where the next module finds it: in ``whole``, made at the first part."""
+        h = h.to(self.amp_dtype or h.dtype)
+        if len(h) == batch:
+            return memory.tag(h, "boundary")
+        if whole is None and over is not None and over.shape[1:] == h.shape[1:] and over.dtype == h.dtype:
+            whole = over
+        elif whole is None:
+            whole = memory.tag(h.new_empty(batch, *h.shape[1:]), "boundary")
+        whole[part] = h
+        return whole
+
+    def _update(self, k: int, record: _Recorder) -> None:
+        """Clip, step and release the gradients of module ``k``."""
+        optimizer = self._optimizer_of[k]
+        gradients = [p for p in self._trained[k] if p.grad is not None]
+        if optimizer is None or not gradients:
+            return
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(optimizer)
+        if self.clip_grad is None:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in gradients if p.grad is not None])
+        else:
+            norm = torch.nn.utils.clip_grad_norm_(gradients, self.clip_grad)
+        record.gradient_norm[k] = norm
+        if memory.is_dry_run() or bool(torch.isfinite(norm)):
+            self.residency.step(k)
+        else:
+            record.skipped[k] = True
+            optimizer.zero_grad(set_to_none=True)
+
+    def _infer(self, k: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        with self._autocast():
+            output = self.modules[k](self._prepare(x) if k == 0 else x).output
+            return output, self.modules[k].classify(output).float() if k in self._exits else None
+
+    # Building and checking
+
+    def _build(
+        self, k: int, decoder: str, kind: Kind, normalize_target: bool, lookahead: int, recompute: Recompute
+    ) -> LocalModule:
+        span, view, local = self.spans[k], self.backbone, k + 1 < len(self.spans) and not self.objective.exact
+        lookahead = min(lookahead, len(self.spans[k + 1])) if local else 0
+        auxiliary = AuxiliaryHead(view.boundaries[span.stop + lookahead], self.classes) if local else None
+        target = self.objective.target(k == 0, view.image, view.boundaries[span.start]) if local else None
+        return LocalModule(
+            view,
+            span,
+            auxiliary=auxiliary,
+            decoder=DECODERS[decoder](view.boundaries[span.stop], target, kind, normalize_target) if target else None,
+            lookahead=lookahead,
+            measure_residual=local and self.objective.measures_residual,
+            recompute=recompute,
+        )
+
+    def _optimizers(
+        self, make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
+    ) -> tuple[list[list[nn.Parameter]], list[torch.optim.Optimizer | None]]:
+        # timm decides what is free of weight decay from names, so it must see whole-model names, not a module's.
+        whole = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
+        groups = param_groups_weight_decay(self.model, 1.0, no_weight_decay_list=whole)
+        for module in self.modules:
+            groups += param_groups_weight_decay(_heads(module), 1.0)
+        free = {id(p) for group in groups if group["weight_decay"] == 0.0 for p in group["params"]}
+        order = {id(p): i for i, p in enumerate(self.model.parameters())}
+        trained, optimizers, seen = [], [], set[int]()
+        for module in self.modules:
+            parameters = [p for p in module.parameters() if p.requires_grad]
+            parameters.sort(key=lambda p: order.get(id(p), len(order)))
+            if any(id(p) in seen for p in parameters):
+                raise ValueError(
+                    "modules: a parameter is shared by two modules, so they cannot be trained one at a time."
+                )
+            seen.update(id(p) for p in parameters)
+            trained.append(parameters)
+            groups = [
+                {"params": [p for p in parameters if id(p) not in free]},
+                {"params": [p for p in parameters if id(p) in free], "weight_decay": 0.0},
+            ]
+            groups = [group for group in groups if group["params"]]
+            optimizers.append(make(groups) if groups else None)
+        return trained, optimizers
+
+    def _weights(
+        self, regularizer: float | Sequence[float] | None, classification: float | Sequence[float] | None
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        count = len(self.spans) - 1
+        given = {"regularizer_weight": regularizer, "classification_weight": classification}
+        weights = []
+        for (name, value), default in zip(given.items(), self.objective.default_weights(count + 1), strict=True):
+            values = default if value is None else (value,) * count if isinstance(value, (int, float)) else tuple(value)
+            if len(values) != count:
+                raise ValueError(f"{name} needs one number, or one for each of the {count} local modules; got {value}.")
+            weights.append(values)
+        return weights[0], weights[1]
+
+    def _check_images(self, images: Tensor) -> None:
+        shape, expected = tuple(images.shape), self.backbone.image.shape
+        if len(shape) != 4 or shape[1:] != expected or shape[0] == 0:
+            wanted = "×".join(map(str, expected))
+            raise ValueError(f"images must be [batch, {wanted}] for this model, got {list(shape)}.")
+        if not images.is_floating_point() and images.dtype != torch.uint8:
+            raise ValueError(f"images must be floating or uint8, got {images.dtype}.")
+        # Looking at a tensor on a card would make the host wait for it; a dry run has no values to look at.
+        looking = images.device.type == "cpu" and not memory.is_dry_run() and images.is_floating_point()
+        if looking and not bool(torch.isfinite(images).all()):
+            raise ValueError("images: a pixel is NaN or infinite.")
+
+    def _check_batch(self, images: Tensor, labels: Tensor) -> None:
+        self._check_images(images)
+        if labels.ndim == 2 and labels.is_floating_point():
+            if labels.shape != (len(images), self.classes):
+                raise ValueError(
+                    f"labels must be [{len(images)}, {self.classes}] probabilities, got {list(labels.shape)}."
+                )
+            return
+        if labels.shape != (len(images),) or labels.dtype != torch.int64:
+            raise ValueError(
+                f"labels must be {len(images)} int64 class indices or [{len(images)}, {self.classes}] probabilities, got"
+                f" {list(labels.shape)} of {labels.dtype}."
+            )
+        if labels.device.type == "cpu" and not memory.is_dry_run():
+            low, high = int(labels.min()), int(labels.max())
+            if low < 0 or high >= self.classes:
+                raise ValueError(
+                    f"labels must be from 0 to {self.classes - 1} for this model, got {low if low < 0 else high}."
+                )
+
+
+class _Recorder:
+    """Sums up a step's metrics over its parts."""
+
+    def __init__(self, samples: int, exits: range, modules: int, device: torch.device) -> None:
+        self.samples = samples
+        self.exits = exits
+        self.loss, self.regularizer = (torch.zeros(len(exits), device=device) for _ in range(2))
+        self.correct = torch.zeros(len(exits), dtype=torch.int64, device=device)
+        self.gradient_norm = torch.zeros(modules, device=device)
+        self.skipped = torch.zeros(modules, dtype=torch.bool, device=device)
+
+    @torch.no_grad()
+    def add(self, k: int, loss: Tensor, logits: Tensor, labels: Tensor, regularizer: Tensor | None) -> None:
+        exit, share = self.exits.index(k), len(labels) / self.samples
+        self.loss[exit] += loss * share
+        if regularizer is not None:
+            self.regularizer[exit] += regularizer * share
+        likelier = labels if labels.ndim == 1 else labels.argmax(dim=1)
+        self.correct[exit] += (logits.argmax(dim=1) == likelier).sum()
+
+    def metrics(self) -> StepMetrics:
+        return StepMetrics(self.loss, self.correct, self.regularizer, self.gradient_norm, self.skipped, self.samples)
+
+
+_GeneratorState = tuple[Tensor, Tensor | None]
+
+
+def _generator_state(device: torch.device) -> _GeneratorState:
+    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+
+
+@contextlib.contextmanager
+def _replay(state: _GeneratorState, device: torch.device) -> Iterator[None]:
+    """Draw the random numbers that were drawn after ``state`` again, and then go on as if nothing had happened."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.set_rng_state(state[0])
+        if state[1] is not None:
+            torch.cuda.set_rng_state(state[1], device)
+        yield
+
+
+def _heads(module: LocalModule) -> nn.ModuleDict:
+    heads = {"auxiliary": module.auxiliary, "decoder": module.decoder}
+    return nn.ModuleDict({name: head for name, head in heads.items() if head is not None})
+
+
+def _adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=5e-4, weight_decay=0.05)
+
+
+def _mean_std(
+    normalize: tuple[Sequence[float], Sequence[float]] | None, model: nn.Module, channels: int
+) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [channels, 1, 1] of images with values from 0 to 255."""
+    if normalize is None:
+        configuration = getattr(model, "pretrained_cfg", None) or {}
+        normalize = (configuration.get("mean", (0.5,) * channels), configuration.get("std", (0.5,) * channels))
+    mean, std = (tuple(float(v) for v in values) for values in normalize)
+    if len(mean) != channels or len(std) != channels or min(std) <= 0:
+        raise ValueError(
+            f"normalize must be (mean, std) with {channels} numbers each and every std positive, got {normalize}."
+        )
+    return tuple(torch.tensor(values).view(-1, 1, 1) * 255 for values in (mean, std))  # type: ignore[return-value]
+
+
+def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    if value not in choices:
+        close = get_close_matches(str(value), choices, n=1)
+        hint = f"; did you mean {close[0]!r}?" if close else "."
+        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
+
+
+def _check_amp(dtype: torch.dtype | None, device: torch.device) -> None:
+    if dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"amp_dtype must be torch.bfloat16, torch.float16 or None, got {dtype}.")
+    if (
+        dtype == torch.bfloat16
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise ValueError("amp_dtype: this card has no bfloat16; use torch.float16.")
+
+
+def _check_fit(what: str, theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
+    for name in ours.keys() ^ theirs.keys():
+        where = "missing from" if name in ours else "only in"
+        raise ValueError(f"state: {what} parameter {name} is {where} the saved state; it is of another model.")
+    for name, value in ours.items():
+        if value.shape != theirs[name].shape:
+            raise ValueError(
+                f"state: {what} parameter {name} is {list(theirs[name].shape)} in the saved state and"
+                f" {list(value.shape)} here; it is of another model."
+            )
+
+
+def _accelerate(model: nn.Module) -> int:
+    from fastlocal.kernels import accelerate
+
+    return accelerate(model)
