@@ -37,7 +37,7 @@ def fresh_compiler() -> Iterator[None]:
 
 @pytest.fixture
 def relative_error() -> Callable[[torch.Tensor, torch.Tensor], float]:
-    """``relative_error(out, reference)``: ||out - reference|| / ||reference|| in float64; a zero reference is a mistake."""
+    """``relative_error(out, reference)``: ||out - reference|| / ||reference|| in float64, never against zeros."""
 
     def error(out: torch.Tensor, reference: torch.Tensor) -> float:
         norm = reference.double().norm()
