@@ -1,8 +1,8 @@
 """The decoder's last projection, the pixel shuffle and the reconstruction loss in one op.
 
-The reconstruction is never written to memory whole: the forward reduces it tile by tile to one number per sample, and the
-backward computes each tile again, turns it into the loss's gradient in place and multiplies it away. Reads from the public
-function down to the PyTorch reference; the Triton kernel is in `reconstruction_loss_triton`.
+The reconstruction is never in memory whole: the forward reduces it tile by tile to one number per sample; the backward
+computes a tile again, as the gradient of its loss, multiplies it by weight and hidden, and drops it. Reads from the
+public function down to the PyTorch reference; the Triton kernel is in `reconstruction_loss_triton`.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ Reduction = Literal["mean", "sample"]
 NORMALIZATION_EPS = 1e-6
 
 # The tile of the reconstruction that exists at one time. On a card it grows with the number of multiprocessors: enough
-# rows to fill the card and to hide the launches, and no more.
+# to fill the card and to hide the launches, and no more (16 MiB of bfloat16 on 132 of them, 2.5 MiB on 20).
 TILE_ELEMENTS = 2**20
-TILE_ELEMENTS_PER_MULTIPROCESSOR = 2**15
+TILE_ELEMENTS_PER_MULTIPROCESSOR = 2**16
 
 
 def reconstruction_loss(
@@ -43,7 +43,7 @@ def reconstruction_loss(
 
     Equal to ``F.mse_loss(shuffle(F.linear(hidden, weight, bias)), target)`` (or ``l1_loss``, ``smooth_l1_loss`` with
     beta 1), where ``shuffle`` moves [B, h, w, (r_row, r_column, Ct)] to [B, (h, r_row), (w, r_column), Ct]: each token
-    becomes an r × r patch, so row ``(i * r + j) * Ct + c`` of ``weight`` predicts channel ``c`` of the patch's pixel (i, j).
+    becomes an r × r patch, and row ``(i * r + j) * Ct + c`` of ``weight`` predicts channel ``c`` of its pixel (i, j).
 
     Args:
         hidden: [B, h, w, Ck], float16, bfloat16, float32 or float64, unit last stride. Tokens [B, N, Ck] go in as
@@ -142,9 +142,9 @@ def _check(
 # --- Registration -----------------------------------------------------------------------------------------------------
 
 # What to keep for the backward: the inputs, or the gradients for a unit upstream gradient, computed in the forward? The
-# second saves one of four matrix products (6 NKM FLOPs instead of 8 for N tokens; 1-3 % of a Swin stage's step), but holds
-# d_weight in float32 and d_hidden where the first holds hidden: never fewer bytes. It also cannot serve one upstream
-# gradient per sample, and does the backward's work in evaluation. So: keep the inputs, nothing else.
+# second saves one of four matrix products (6 NKM FLOPs instead of 8 for N tokens, Ck = K, r²·Ct = M: 1-3 % of the step
+# of a Swin stage), but holds d_hidden and a float32 d_weight where the first holds hidden: never fewer bytes. It cannot
+# serve one upstream gradient per sample either, and would do the backward's work in evaluation. So: the inputs.
 
 
 @torch.library.custom_op("fastlocal::reconstruction_loss", mutates_args=())
@@ -158,13 +158,16 @@ def _forward(
     normalize_target: bool,
 ) -> Tensor:
     """The mean loss of each sample, [B]."""
-    target = _patches(target, upsample)
     weight = weight.to(hidden.dtype)
-    losses = hidden.new_zeros(hidden.shape[0], dtype=_accumulate_dtype(hidden.dtype))
-    with torch.autocast(hidden.device.type, enabled=False):
+    patches = _patches(target, upsample)
+    if _implementation(hidden) == "triton":
+        from fastlocal.kernels import reconstruction_loss_triton
+
+        losses = reconstruction_loss_triton.loss_sums(hidden, weight, bias, patches, kind, normalize_target)
+    else:
+        losses = hidden.new_zeros(hidden.shape[0], dtype=_accumulate_dtype(hidden.dtype))
         for tile in _tiles(hidden.shape[:3], weight.shape[0], hidden.device):
-            residual = _reference_residual(hidden[tile], weight, bias, target[tile], normalize_target)
-            losses[tile[0]] += _reference_loss(residual, kind).sum(dim=(1, 2, 3))
+            losses[tile[0]] += _reference_loss(hidden[tile], weight, bias, patches[tile], kind, normalize_target)
     return losses.div_(target[0].numel())
 
 
@@ -195,24 +198,29 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; those not ``needed`` are empty."""
     needs_hidden, needs_weight, needs_bias = needed
-    target = _patches(target, upsample)
-    cast_weight = weight.to(hidden.dtype)
-    upstream = upstream / target[0].numel()
     sums = _accumulate_dtype(hidden.dtype)
     d_hidden = torch.empty(hidden.shape if needs_hidden else 0, dtype=hidden.dtype, device=hidden.device)
-    d_weight = weight.new_zeros(weight.shape if needs_weight else 0, dtype=sums)
-    d_bias = weight.new_zeros(weight.shape[0] if needs_bias else 0, dtype=sums)
-    with torch.autocast(hidden.device.type, enabled=False):
-        for tile in _tiles(hidden.shape[:3], weight.shape[0], hidden.device):
-            residual = _reference_residual(hidden[tile], cast_weight, bias, target[tile], normalize_target)
-            gradient = _reference_gradient(residual, upstream[tile[0]], kind)
-            if needs_bias:
-                d_bias += gradient.sum(dim=(0, 1, 2))
-            gradient = gradient.to(hidden.dtype)
-            if needs_hidden:
-                d_hidden[tile] = gradient @ cast_weight
-            if needs_weight:
-                _add_product(d_weight, gradient.flatten(0, 2), hidden[tile].flatten(0, 2))
+    d_weight = torch.zeros(weight.shape if needs_weight else 0, dtype=sums, device=weight.device)
+    d_bias = torch.zeros(weight.shape[0] if needs_bias else 0, dtype=sums, device=weight.device)
+    tile_gradient = _reference_gradient
+    if _implementation(hidden) == "triton":
+        from fastlocal.kernels import reconstruction_loss_triton
+
+        tile_gradient = reconstruction_loss_triton.tile_gradient
+
+    upstream = upstream / target[0].numel()
+    cast_weight = weight.to(hidden.dtype)
+    patches = _patches(target, upsample)
+    for tile in _tiles(hidden.shape[:3], weight.shape[0], hidden.device):
+        gradient = tile_gradient(
+            hidden[tile], cast_weight, bias, patches[tile], upstream[tile[0]], kind, normalize_target
+        )
+        if needs_hidden:
+            torch.mm(gradient, cast_weight, out=d_hidden[tile].view(-1, hidden.shape[-1]))
+        if needs_weight:
+            _add_product(d_weight, gradient, hidden[tile].flatten(0, 2))
+        if needs_bias:
+            d_bias += gradient.sum(0, dtype=sums)
     return d_hidden, d_weight.to(weight.dtype), d_bias if bias is None else d_bias.to(bias.dtype)
 
 
@@ -259,6 +267,12 @@ def _backward_flops(upstream: torch.Size, hidden: torch.Size, weight: torch.Size
     return _forward_flops(hidden, weight) * (1 + needs_hidden + needs_weight)
 
 
+def _implementation(hidden: Tensor) -> str:
+    if hidden.dtype == torch.float64:
+        return "reference"
+    return dispatch.implementation(hidden.device)
+
+
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
@@ -275,7 +289,7 @@ def _tile_elements(device: torch.device) -> int:
 
 
 def _tiles(shape: Sequence[int], outputs: int, device: torch.device) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut tokens [B, h, w] into boxes of at most `_tile_elements` outputs, whole rows and samples where they fit."""
+    """Cut tokens [B, h, w] into boxes of at most `_tile_elements` outputs: whole samples, else whole rows of one."""
     tokens = max(1, _tile_elements(device) // outputs)
     steps = []
     for size in reversed(shape):
@@ -286,7 +300,7 @@ def _tiles(shape: Sequence[int], outputs: int, device: torch.device) -> Iterator
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += leftᵀ · right`` with every sum in ``total``'s dtype."""
+    """``total += leftᵀ · right``, with every sum in ``total``'s dtype."""
     if total.is_cuda and total.dtype != left.dtype:
         total += torch.mm(left.t(), right, out_dtype=total.dtype)
     else:
@@ -297,31 +311,41 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 
 def _reference_residual(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, normalize: bool) -> Tensor:
-    """Reconstruction minus target for tokens [b, h, w, Ck] and their patches [b, h, w, r, r, Ct]: [b, h, w, r·r·Ct]."""
-    residual = (hidden @ weight.t()).to(_accumulate_dtype(hidden.dtype))
+    """Reconstruction minus target for tokens [b, h, w, Ck] and patches [b, h, w, r, r, Ct]: [b, tokens, r·r·Ct]."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        residual = (hidden.flatten(1, 2) @ weight.t()).to(_accumulate_dtype(hidden.dtype))
     if bias is not None:
         residual += bias
     target = target.to(residual.dtype)
     if normalize:
         target = F.layer_norm(target, target.shape[-1:], eps=NORMALIZATION_EPS)
-    return residual.sub_(target.flatten(3))
+    return residual.sub_(target.reshape(residual.shape))
 
 
-def _reference_loss(residual: Tensor, kind: str) -> Tensor:
+def _reference_loss(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, kind: str, normalize: bool
+) -> Tensor:
+    """The loss of each sample's tokens, summed: [b]."""
+    residual = _reference_residual(hidden, weight, bias, target, normalize)
     if kind == "mse":
-        return residual.square_()
-    if kind == "l1":
-        return residual.abs_()
-    size = residual.abs_()
-    return torch.where(size < 1, 0.5 * size.square(), size - 0.5)
-
-
-def _reference_gradient(residual: Tensor, upstream: Tensor, kind: str) -> Tensor:
-    """Derivative of the loss by the residual, times each sample's ``upstream`` [b]."""
-    if kind == "mse":
-        slope = residual.mul_(2)
+        residual.square_()
     elif kind == "l1":
-        slope = residual.sign_()
+        residual.abs_()
     else:
-        slope = residual.clamp_(-1, 1)
-    return slope.mul_(upstream[:, None, None, None])
+        clipped = residual.clamp(-1, 1)
+        residual.sub_(clipped, alpha=0.5).mul_(clipped)  # r²/2 inside [−1, 1], |r| − 1/2 outside
+    return residual.sum(dim=(1, 2))
+
+
+def _reference_gradient(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, upstream: Tensor, kind: str, normalize: bool
+) -> Tensor:
+    """The loss's gradient by the reconstruction, [tokens, r·r·Ct] in hidden's dtype, for ``upstream`` [b]."""
+    slope = _reference_residual(hidden, weight, bias, target, normalize)
+    if kind == "mse":
+        slope.mul_(2)
+    elif kind == "l1":
+        slope.sign_()
+    else:
+        slope.clamp_(-1, 1)
+    return slope.mul_(upstream[:, None, None]).to(hidden.dtype).flatten(0, 1)

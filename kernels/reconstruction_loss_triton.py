@@ -1,0 +1,268 @@
+"""The Triton kernel of `reconstruction_loss`: a matrix product whose epilogue reads the target as the shuffle lays it.
+
+One kernel serves both directions. Forward, the epilogue reduces a tile of the reconstruction to one loss per token and
+block of outputs; no tile leaves the chip. Backward, it turns the tile into the loss's gradient and stores that, for a
+few thousand tokens at a time: the two products that follow are plain ones, and cuBLAS's. Nothing is atomic.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlocal.kernels import dispatch
+from fastlocal.kernels.cases import CompileCase
+
+EPS: tl.constexpr = tl.constexpr(1e-6)
+
+
+@triton.jit
+def _offset(token, height, width, batch_stride, row_stride, column_stride):
+    """Where tokens start in a tensor whose first dimensions are [B, height, width]."""
+    sample = tl.cast(token // (height * width), tl.int64)
+    row = tl.cast(token // width % height, tl.int64)
+    return sample * batch_stride + row * row_stride + tl.cast(token % width, tl.int64) * column_stride
+
+
+@triton.jit
+def _residual_kernel(
+    hidden_ptr, weight_ptr, bias_ptr, target_ptr, mean_ptr, rstd_ptr, upstream_ptr, out_ptr,
+    tokens, height, width,
+    hidden_batch, hidden_row, hidden_column,
+    target_batch, target_row, target_column, target_patch_row, target_patch_column, target_channel,
+    BACKWARD: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, NORMALIZE: tl.constexpr,
+    UPCAST: tl.constexpr, UNIT: tl.constexpr, UPSAMPLE: tl.constexpr,
+    CHANNELS: tl.constexpr, TARGET_CHANNELS: tl.constexpr,
+    BLOCK_TOKENS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    OUTPUTS: tl.constexpr = UPSAMPLE * UPSAMPLE * TARGET_CHANNELS
+    # Blocks of outputs vary fastest: hidden and target stream through the cache once, the weight stays in it.
+    blocks: tl.constexpr = (OUTPUTS + BLOCK_OUTPUTS - 1) // BLOCK_OUTPUTS
+    block = tl.program_id(0) % blocks
+    token = tl.program_id(0) // blocks * BLOCK_TOKENS + tl.arange(0, BLOCK_TOKENS)
+    output = block * BLOCK_OUTPUTS + tl.arange(0, BLOCK_OUTPUTS)
+    token_mask = token < tokens
+    output_mask = output < OUTPUTS
+    mask = token_mask[:, None] & output_mask[None, :]
+
+    hidden_ptr += _offset(token, height, width, hidden_batch, hidden_row, hidden_column)[:, None] * UNIT
+    weight_ptr += output[:, None] * CHANNELS
+    residual = tl.zeros([BLOCK_TOKENS, BLOCK_OUTPUTS], tl.float32)
+    for start in range(0, CHANNELS, BLOCK_CHANNELS):
+        channel = start + tl.arange(0, BLOCK_CHANNELS)
+        channel_mask = (channel < CHANNELS)[None, :]
+        hidden = tl.load(hidden_ptr + channel[None, :], mask=token_mask[:, None] & channel_mask, other=0.0)
+        weight = tl.load(weight_ptr + channel[None, :], mask=output_mask[:, None] & channel_mask, other=0.0)
+        if UPCAST:
+            hidden = hidden.to(tl.float32)
+            weight = weight.to(tl.float32)
+        residual = tl.dot(hidden, tl.trans(weight), residual, input_precision="ieee")
+    if HAS_BIAS:
+        residual += tl.load(bias_ptr + output, mask=output_mask, other=0.0).to(tl.float32)[None, :]
+
+    pixel = output // TARGET_CHANNELS
+    patch = (pixel // UPSAMPLE) * target_patch_row + (pixel % UPSAMPLE) * target_patch_column
+    patch += (output % TARGET_CHANNELS) * target_channel
+    position = _offset(token, height, width, target_batch, target_row, target_column)
+    target = tl.load(target_ptr + position[:, None] + patch[None, :], mask=mask, other=0.0).to(tl.float32)
+    if NORMALIZE:
+        statistic = tl.cast(token, tl.int64)[:, None] * (UPSAMPLE * UPSAMPLE) + pixel[None, :]
+        target -= tl.load(mean_ptr + statistic, mask=mask, other=0.0)
+        target *= tl.load(rstd_ptr + statistic, mask=mask, other=0.0)
+    residual = tl.where(mask, residual - target, 0.0)
+
+    clipped = tl.minimum(tl.maximum(residual, -1.0), 1.0)
+    if BACKWARD:
+        if KIND == "mse":
+            gradient = residual * 2.0
+        elif KIND == "l1":
+            gradient = tl.where(residual > 0.0, 1.0, tl.where(residual < 0.0, -1.0, 0.0))
+        else:
+            gradient = clipped
+        gradient *= tl.load(upstream_ptr + token // (height * width), mask=token_mask, other=0.0)[:, None]
+        out_ptr += tl.cast(token, tl.int64)[:, None] * OUTPUTS + output[None, :]
+        tl.store(out_ptr, gradient.to(out_ptr.dtype.element_ty), mask=mask)
+    else:
+        if KIND == "mse":
+            loss = residual * residual
+        elif KIND == "l1":
+            loss = tl.abs(residual)
+        else:
+            loss = (residual - 0.5 * clipped) * clipped  # r²/2 inside [-1, 1], |r| - 1/2 outside
+        tl.store(out_ptr + tl.cast(block, tl.int64) * tokens + token, tl.sum(loss, 1), mask=token_mask)
+
+
+@triton.jit
+def _statistics_kernel(
+    target_ptr, mean_ptr, rstd_ptr,
+    tokens, height, width,
+    target_batch, target_row, target_column, target_patch_row, target_patch_column, target_channel,
+    UPSAMPLE: tl.constexpr, TARGET_CHANNELS: tl.constexpr,
+    BLOCK_POSITIONS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """Mean and 1 / standard deviation of each target position over its channels, in the order [token, pixel]."""
+    position = tl.cast(tl.program_id(0), tl.int64) * BLOCK_POSITIONS + tl.arange(0, BLOCK_POSITIONS)
+    token = position // (UPSAMPLE * UPSAMPLE)
+    pixel = position % (UPSAMPLE * UPSAMPLE)
+    position_mask = token < tokens
+    target_ptr += _offset(token, height, width, target_batch, target_row, target_column)[:, None]
+    target_ptr += ((pixel // UPSAMPLE) * target_patch_row + (pixel % UPSAMPLE) * target_patch_column)[:, None]
+    total = tl.zeros([BLOCK_POSITIONS], tl.float32)
+    for start in range(0, TARGET_CHANNELS, BLOCK_CHANNELS):
+        channel = start + tl.arange(0, BLOCK_CHANNELS)
+        mask = position_mask[:, None] & (channel < TARGET_CHANNELS)[None, :]
+        target = tl.load(target_ptr + channel[None, :] * target_channel, mask=mask, other=0.0).to(tl.float32)
+        total += tl.sum(target, 1)
+    mean = total / TARGET_CHANNELS
+    squares = tl.zeros([BLOCK_POSITIONS], tl.float32)
+    for start in range(0, TARGET_CHANNELS, BLOCK_CHANNELS):
+        channel = start + tl.arange(0, BLOCK_CHANNELS)
+        mask = position_mask[:, None] & (channel < TARGET_CHANNELS)[None, :]
+        target = tl.load(target_ptr + channel[None, :] * target_channel, mask=mask, other=0.0).to(tl.float32)
+        centered = tl.where(mask, target - mean[:, None], 0.0)
+        squares += tl.sum(centered * centered, 1)
+    tl.store(mean_ptr + position, mean, mask=position_mask)
+    tl.store(rstd_ptr + position, 1.0 / tl.sqrt(squares / TARGET_CHANNELS + EPS), mask=position_mask)
+
+
+# --- Block sizes ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Blocks:
+    tokens: int
+    outputs: int
+    channels: int
+    num_warps: int
+    num_stages: int
+
+
+STATISTICS = {"BLOCK_POSITIONS": 32, "BLOCK_CHANNELS": 128}
+
+
+def _blocks(outputs: int, dtype: torch.dtype) -> Blocks:
+    """Sizes that fit 99 KiB of shared memory (compute capabilities 8.6, 8.9, 12.0) and 255 registers everywhere."""
+    if dtype == torch.float32:  # exact products run without tensor cores: small tiles
+        return Blocks(64, 32, 32, 4, 1)
+    if outputs <= 64:
+        return Blocks(128, 64, 32, 4, 3)
+    return Blocks(128, 128, 32, 8, 3)
+
+
+# --- Launchers --------------------------------------------------------------------------------------------------------
+
+
+def loss_sums(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, patches: Tensor, kind: str, normalize: bool
+) -> Tensor:
+    """The loss of each sample's tokens, summed: [B]. ``patches`` is the target as [B, h, w, r, r, Ct]."""
+    outputs = weight.shape[0]
+    blocks = triton.cdiv(outputs, _blocks(outputs, hidden.dtype).outputs)
+    losses = torch.empty(
+        (blocks, hidden.shape[0], hidden[0, ..., 0].numel()), dtype=torch.float32, device=hidden.device
+    )
+    _launch(hidden, weight, bias, patches, losses, losses, kind, normalize, backward=False)
+    return losses.sum((0, 2))
+
+
+def tile_gradient(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, patches: Tensor, upstream: Tensor, kind: str, normalize: bool
+) -> Tensor:
+    """The loss's gradient by the reconstruction, [tokens, r·r·Ct] in hidden's dtype, for ``upstream`` [B]."""
+    gradient = torch.empty((hidden[..., 0].numel(), weight.shape[0]), dtype=hidden.dtype, device=hidden.device)
+    _launch(hidden, weight, bias, patches, upstream, gradient, kind, normalize, backward=True)
+    return gradient
+
+
+def _launch(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, patches: Tensor, upstream: Tensor, out: Tensor,
+    kind: str, normalize: bool, *, backward: bool,
+) -> None:  # fmt: skip
+    batch, height, width, upsample, _, target_channels = patches.shape
+    tokens = batch * height * width
+    channels = hidden.shape[-1]
+    mean = rstd = out
+    if normalize:
+        positions = tokens * upsample**2
+        mean, rstd = (torch.empty(positions, dtype=torch.float32, device=hidden.device) for _ in range(2))
+        _statistics_kernel[(triton.cdiv(positions, STATISTICS["BLOCK_POSITIONS"]),)](
+            patches, mean, rstd, tokens, height, width, *patches.stride(),
+            UPSAMPLE=upsample, TARGET_CHANNELS=target_channels, **STATISTICS,
+        )  # fmt: skip
+    # 8 elements of 2 bytes are one 16-byte load: a kernel that sees ``stride * 8`` knows that its rows are aligned.
+    strides = hidden.stride()[:3]
+    unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
+    blocks = _blocks(weight.shape[0], hidden.dtype)
+    _residual_kernel[(triton.cdiv(tokens, blocks.tokens) * triton.cdiv(weight.shape[0], blocks.outputs),)](
+        hidden, weight.contiguous(), out if bias is None else bias.contiguous(), patches, mean, rstd, upstream, out,
+        tokens, height, width, *(stride // unit for stride in strides), *patches.stride(),
+        BACKWARD=backward, KIND=kind, HAS_BIAS=bias is not None, NORMALIZE=normalize,
+        UPCAST=dispatch.interpreting() and hidden.dtype == torch.bfloat16,  # interpreted bfloat16 products are wrong
+        UNIT=unit, UPSAMPLE=upsample, CHANNELS=channels, TARGET_CHANNELS=target_channels,
+        BLOCK_TOKENS=blocks.tokens, BLOCK_OUTPUTS=blocks.outputs, BLOCK_CHANNELS=blocks.channels,
+        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+    )  # fmt: skip
+
+
+# --- What ships -------------------------------------------------------------------------------------------------------
+
+
+# (Ck, upsample, Ct) of linear decoders: Swin-T's four stages, and ViT-B to features and to the image.
+GEOMETRIES = ((96, 4, 3), (192, 2, 96), (384, 2, 192), (768, 2, 384), (768, 1, 768), (768, 16, 3))
+
+
+def compile_cases() -> list[CompileCase]:
+    """Both directions of every geometry, and the target's statistics; strides aligned, channels adjacent."""
+    pointers = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+    cases = []
+    for dtype, (channels, upsample, target_channels), backward in itertools.product(
+        pointers, GEOMETRIES, (False, True)
+    ):
+        outputs = upsample**2 * target_channels
+        blocks = _blocks(outputs, dtype)
+        constexprs = {
+            "BACKWARD": backward, "KIND": "mse", "HAS_BIAS": True, "NORMALIZE": False, "UPCAST": False, "UNIT": 8,
+            "UPSAMPLE": upsample, "CHANNELS": channels, "TARGET_CHANNELS": target_channels,
+            "BLOCK_TOKENS": blocks.tokens, "BLOCK_OUTPUTS": blocks.outputs, "BLOCK_CHANNELS": blocks.channels,
+            "target_channel": 1,
+        }  # fmt: skip
+        signature = dict.fromkeys((key for key in _residual_kernel.arg_names if key not in constexprs), "i32")
+        signature |= {key: "*fp32" for key in signature if key.endswith("_ptr")}
+        signature |= dict.fromkeys(("hidden_ptr", "weight_ptr", "target_ptr"), pointers[dtype])
+        if backward:
+            signature["out_ptr"] = pointers[dtype]
+        name = f"{'d_loss' if backward else 'loss'}, {channels} to {upsample} x {upsample} x {target_channels}"
+        cases.append(
+            CompileCase(
+                name=f"reconstruction_loss {name}, {str(dtype).removeprefix('torch.')}",
+                kernel=_residual_kernel,
+                signature=signature,
+                constexprs=constexprs,
+                num_warps=blocks.num_warps,
+                num_stages=blocks.num_stages,
+                dtype=dtype,
+                has_dot=True,
+            )
+        )
+    for dtype, pointer in pointers.items():
+        constexprs = {"UPSAMPLE": 2, "TARGET_CHANNELS": 96, "target_channel": 1, **STATISTICS}
+        signature = dict.fromkeys((key for key in _statistics_kernel.arg_names if key not in constexprs), "i32")
+        signature |= {"target_ptr": pointer, "mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
+        cases.append(
+            CompileCase(
+                name=f"reconstruction_loss target statistics, {str(dtype).removeprefix('torch.')}",
+                kernel=_statistics_kernel,
+                signature=signature,
+                constexprs=constexprs,
+                num_warps=4,
+                num_stages=1,
+                dtype=dtype,
+                has_dot=False,
+            )
+        )
+    return cases
