@@ -1,0 +1,44 @@
+"""The command line of ``fastlocal bench``: one subcommand per question, imported when it is asked."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from typing import NoReturn
+
+# Subcommand -> (module with ``main(argv) -> exit code``, what ``--help`` says about it).
+SUBCOMMANDS = {
+    "kernels": ("fastlocal.profiling.kernels", "compile report, traffic report, and timings on a CUDA card"),
+}
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """An argument parser that answers a mistake with one sentence and exit code 2, without the usage text."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}.\n")
+
+
+class UserError(Exception):
+    """Something the user can put right, in one sentence: `bench` prints it and returns 2."""
+
+
+def bench(argv: list[str]) -> int:
+    """Run ``fastlocal bench`` with the arguments after ``bench``; returns the exit code (2 for bad input)."""
+    parser = ArgumentParser(
+        prog="fastlocal bench", description="Measure fastlocal; every result is also a row in a file."
+    )
+    subcommands = parser.add_subparsers(dest="subcommand", required=True, metavar="SUBCOMMAND")
+    for name, (_, description) in SUBCOMMANDS.items():
+        subcommands.add_parser(name, help=description, add_help=False)
+    try:
+        # A subcommand parses its own arguments, so that its options are written beside the code they steer.
+        subcommand = parser.parse_args(argv[:1]).subcommand
+        module, _ = SUBCOMMANDS[subcommand]
+        return importlib.import_module(module).main(argv[1:])
+    except UserError as error:
+        print(f"fastlocal bench: {error}", file=sys.stderr)
+        return 2
+    except SystemExit as stop:  # argparse, after --help or a mistake
+        return stop.code if isinstance(stop.code, int) else 1

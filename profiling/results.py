@@ -1,0 +1,107 @@
+"""What every benchmark does with a result: stamp it with its origin, write it at once, print it as a table."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import importlib.metadata
+import json
+import platform
+import re
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+RESULTS = Path("profiling/results")  # in the directory the command runs in
+
+Row = Mapping[str, Any]
+
+
+@functools.cache
+def origin() -> dict[str, str]:
+    """Where numbers taken in this process come from: card (or processor), driver, torch, triton, commit, date."""
+    try:
+        triton = importlib.metadata.version("triton")  # importing it here would settle whether it interprets
+    except importlib.metadata.PackageNotFoundError:
+        triton = "none"
+    return {
+        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0") or "none",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton,
+        "commit": _commit(),
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def card_folder(output: Path = RESULTS) -> Path:
+    """The folder of this machine's results, ``output``/<card>, created if need be."""
+    folder = output / re.sub(r"[^A-Za-z0-9]+", "-", origin()["card"]).strip("-").lower()
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def append_row(path: Path, row: Row) -> None:
+    """Append ``row`` and its `origin` to a JSON Lines file; it is on disk when this returns, so a crash loses nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.write(json.dumps({**row, **origin()}) + "\n")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """The rows of a JSON Lines file; none if there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def markdown_table(rows: Sequence[Row], columns: Mapping[str, str] | None = None) -> str:
+    """Rows as a Markdown table, columns padded so that it also reads well in a terminal.
+
+    Args:
+        rows: what to show; a key that is missing shows as an empty cell.
+        columns: key -> heading, in order; all keys of the first row if None.
+    """
+    columns = columns if columns is not None else {key: key for key in rows[0]}
+    cells = [list(columns.values()), *([_cell(row.get(key)) for key in columns] for row in rows)]
+    numeric = [all(_is_number(row.get(key)) for row in rows) for key in columns]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+
+    def line(row: Sequence[str]) -> str:
+        padded = (c.rjust(w) if right else c.ljust(w) for c, w, right in zip(row, widths, numeric, strict=True))
+        return f"| {' | '.join(padded)} |"
+
+    rule = "".join(f"|{'-' * (w + 1)}{':' if right else '-'}" for w, right in zip(widths, numeric, strict=True)) + "|"
+    return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
+
+
+def _is_number(value: Any) -> bool:
+    return value is None or (isinstance(value, (int, float)) and not isinstance(value, bool))
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _output(*command: str) -> str:
+    """The first line a command prints, or "" where it cannot run."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=30, cwd=Path(__file__).parent)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return result.stdout.strip().split("\n")[0] if result.returncode == 0 else ""
+
+
+def _commit() -> str:
+    commit = _output("git", "rev-parse", "--short=12", "HEAD")
+    if not commit:
+        return "unknown"
+    return f"{commit}-modified" if _output("git", "status", "--porcelain", "--untracked-files=no") else commit

@@ -1,0 +1,269 @@
+"""What the kernel benchmarks run: each fused op at the shapes of real models, beside its rivals on the same work.
+
+Linear layers around attention are the same for everyone and are left out: where timm calls ``qkv`` a stand-in returns its
+output, made beforehand, and ``proj`` passes through. What timm does between them is timm's own code, roll, partition and
+reverse included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fastlocal.kernels import reconstruction_loss
+from fastlocal.kernels.attention import attention
+from fastlocal.kernels.window_attention import window_attention
+
+OURS, UNFUSED, FUSED, FLEX, COMPILED = "fastlocal", "timm unfused", "timm SDPA", "FlexAttention", "torch.compile"
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One implementation: ``run`` computes the output from tensors it holds, of which ``leaves`` get gradients."""
+
+    run: Callable[[], Tensor]
+    leaves: tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One op on one set of inputs.
+
+    ``forward_bytes`` and ``backward_bytes`` are the compulsory traffic: inputs read once, outputs written once. The
+    backward reads the inputs again and the output's gradient, and writes a gradient for each input; whatever else an
+    implementation saves (a log-sum-exp, the output) is its own choice and counts against it.
+    """
+
+    providers: Mapping[str, Provider]
+    forward_bytes: int
+    backward_bytes: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """An op at the shape a real model gives it; ``problem(batch, dtype, device)`` makes its inputs."""
+
+    op: str
+    shape: str  # where the shape comes from, e.g. "Swin-T stage 1"
+    problem: Callable[[int, torch.dtype, torch.device], Problem]
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}, {self.shape}"
+
+
+def workloads() -> list[Workload]:
+    """Swin-T's four stages at 224 pixels (every second block is shifted, except where one window is all), and ViT-B/16."""
+    found = []
+    for stage in range(4):
+        name = f"Swin-T stage {stage + 1}"
+        size, heads = 56 >> stage, 3 << stage
+        found.append(Workload("window_attention", name, _window_attention(size, heads, shift=3 if size > 7 else 0)))
+    found.append(Workload("attention", "ViT-B/16", _attention(tokens=197, heads=12, head_dim=64)))
+    # Each stage's output back to its input, as the local module that ends there does; stage 1 gives the image.
+    for stage in range(4):
+        channels, upsample = 96 << stage, 2 if stage else 4
+        shape = (56 >> stage, channels, upsample, channels // 2 if stage else 3)
+        found.append(Workload("reconstruction_loss", f"Swin-T stage {stage + 1}", _reconstruction_loss(*shape)))
+    found.append(Workload("reconstruction_loss", "ViT-B/16", _reconstruction_loss(14, 768, 1, 768)))
+    return found
+
+
+# --- Window attention -------------------------------------------------------------------------------------------------
+
+
+def _window_attention(size: int, heads: int, shift: int, window: int = 7, head_dim: int = 32) -> Callable[..., Problem]:
+    """[B, size, size, 3C] cut into windows, as in `SwinTransformerBlock._attn` between ``qkv`` and ``proj``."""
+
+    def problem(batch: int, dtype: torch.dtype, device: torch.device) -> Problem:
+        from timm.models.swin_transformer import SwinTransformerBlock, window_partition
+
+        channels = heads * head_dim
+        qkv = torch.randn(batch, size, size, 3 * channels, device=device).to(dtype).requires_grad_()
+        table = (torch.randn((2 * window - 1) ** 2, heads, device=device) * 0.5).requires_grad_()
+
+        def ours() -> Tensor:
+            return window_attention(qkv, table, num_heads=heads, window_size=window, shift=shift)
+
+        # timm norms, rolls and partitions x before it projects it. x is taken in `dtype`, as with timm's fast norm;
+        # without, it would be float32 under autocast and timm would move more.
+        x = torch.randn(batch, size, size, channels, device=device).to(dtype).requires_grad_()
+        rolled = torch.roll(qkv.detach(), (-shift, -shift), (1, 2))
+        windows = window_partition(rolled, (window, window)).flatten(1, 2).requires_grad_()
+        d_x = torch.randn(windows.shape[:2] + (channels,), device=device).to(dtype)
+
+        def timm_block(fused: bool) -> Any:
+            with torch.device(device):
+                block = SwinTransformerBlock(channels, (size, size), heads, window_size=window, shift_size=shift)
+            block.attn.fused_attn = fused
+            block.attn.relative_position_bias_table = nn.Parameter(table.detach())
+            block.attn.qkv = _Precomputed(windows, d_x)
+            block.attn.proj = nn.Identity()
+            return block
+
+        def timm_provider(block: Any, function: Callable[[Tensor], Tensor] | None = None) -> Provider:
+            function = function or block._attn
+
+            def run() -> Tensor:
+                with torch.autocast(device.type, dtype):
+                    return function(x)
+
+            return Provider(run, (x, windows, block.attn.relative_position_bias_table))
+
+        flex_block = timm_block(False)
+        flex_block.attn.forward = _flex_windows(flex_block)
+        compiled_block = timm_block(False)
+        element = dtype.itemsize * batch * size * size * channels
+        table_bytes = table.numel() * table.itemsize
+        return Problem(
+            {
+                OURS: Provider(ours, (qkv, table)),
+                UNFUSED: timm_provider(timm_block(False)),
+                FUSED: timm_provider(timm_block(True)),
+                FLEX: timm_provider(flex_block),
+                COMPILED: timm_provider(compiled_block, torch.compile(compiled_block._attn, dynamic=False)),
+            },
+            forward_bytes=4 * element + table_bytes,
+            backward_bytes=7 * element + 2 * table_bytes,
+        )
+
+    return problem
+
+
+class _Precomputed(nn.Module):
+    """Stands in for a linear layer, at no cost: its output and its input's gradient are made beforehand."""
+
+    def __init__(self, output: Tensor, d_input: Tensor) -> None:
+        super().__init__()
+        self.output, self.d_input = output, d_input
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _PrecomputedFunction.apply(x, self.output, self.d_input)
+
+
+class _PrecomputedFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, output: Tensor, d_x: Tensor) -> Tensor:
+        ctx.save_for_backward(d_x)
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, d_output: Tensor) -> tuple[Tensor, Tensor, None]:
+        (d_x,) = ctx.saved_tensors
+        return d_x, d_output, None
+
+
+def _flex_windows(block: Any) -> Callable[[Tensor, Tensor | None], Tensor]:
+    """`WindowAttention.forward` on FlexAttention: the bias and the shift mask as a score modification."""
+    attn = block.attn
+    index = attn.relative_position_index
+
+    def forward(x: Tensor, mask: Tensor | None = None) -> Tensor:
+        table = attn.relative_position_bias_table
+        qkv = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4)
+
+        def score(value: Tensor, window: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            value = value + table[index[query, key], head]
+            return value if mask is None else value + mask[window % mask.shape[0], query, key]
+
+        return _compiled_flex_attention()(*qkv.unbind(0), score_mod=score).transpose(1, 2).flatten(2)
+
+    return forward
+
+
+def _compiled_flex_attention() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+# --- Attention --------------------------------------------------------------------------------------------------------
+
+
+def _attention(tokens: int, heads: int, head_dim: int) -> Callable[..., Problem]:
+    """[B, N, 3C] to [B, N, C], as in timm's `Attention` between ``qkv`` and ``proj``."""
+
+    def problem(batch: int, dtype: torch.dtype, device: torch.device) -> Problem:
+        from timm.layers import Attention
+
+        qkv = torch.randn(batch, tokens, 3 * heads * head_dim, device=device).to(dtype).requires_grad_()
+
+        def heads_first() -> tuple[Tensor, ...]:
+            return qkv.reshape(batch, tokens, 3, heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+
+        def ours() -> Tensor:
+            return attention(*heads_first()).transpose(1, 2).flatten(2)
+
+        def flex() -> Tensor:
+            return _compiled_flex_attention()(*heads_first()).transpose(1, 2).flatten(2)
+
+        def timm_attention(fused: bool) -> Callable[[], Tensor]:
+            module = Attention(heads * head_dim, heads).to(device)
+            module.fused_attn = fused
+            module.qkv = module.proj = nn.Identity()  # the module is given what its qkv would have returned
+            return lambda: _timm_attention(module, qkv, dtype)
+
+        element = dtype.itemsize * batch * tokens * heads * head_dim
+        unfused = timm_attention(False)
+        return Problem(
+            {
+                OURS: Provider(ours, (qkv,)),
+                UNFUSED: Provider(unfused, (qkv,)),
+                FUSED: Provider(timm_attention(True), (qkv,)),
+                FLEX: Provider(flex, (qkv,)),
+                COMPILED: Provider(torch.compile(unfused, dynamic=False), (qkv,)),
+            },
+            forward_bytes=4 * element,
+            backward_bytes=7 * element,
+        )
+
+    return problem
+
+
+def _timm_attention(module: nn.Module, qkv: Tensor, dtype: torch.dtype) -> Tensor:
+    with torch.autocast(qkv.device.type, dtype):
+        return module(qkv)
+
+
+# --- Reconstruction loss ----------------------------------------------------------------------------------------------
+
+
+def _reconstruction_loss(size: int, channels: int, upsample: int, target_channels: int) -> Callable[..., Problem]:
+    """[B, size, size, channels] to the loss against [B, size · r, size · r, target_channels], mse."""
+
+    def problem(batch: int, dtype: torch.dtype, device: torch.device) -> Problem:
+        outputs = upsample**2 * target_channels
+        large = size * upsample
+        hidden = torch.randn(batch, size, size, channels, device=device).to(dtype).requires_grad_()
+        weight = (torch.randn(outputs, channels, device=device) * channels**-0.5).requires_grad_()
+        bias = torch.randn(outputs, device=device).requires_grad_()
+        target = torch.randn(batch, large, large, target_channels, device=device).to(dtype)
+        leaves = (hidden, weight, bias)
+
+        def eager() -> Tensor:
+            with torch.autocast(device.type, dtype):
+                patches = F.linear(hidden, weight, bias).unflatten(-1, (upsample, upsample, target_channels))
+                return F.mse_loss(patches.transpose(2, 3).reshape(target.shape), target)
+
+        def ours() -> Tensor:
+            with torch.autocast(device.type, dtype):
+                return reconstruction_loss(hidden, weight, bias, target, upsample=upsample)
+
+        parameters = sum(tensor.numel() * tensor.itemsize for tensor in (weight, bias))
+        data = sum(tensor.numel() * tensor.itemsize for tensor in (hidden, target))
+        return Problem(
+            {
+                OURS: Provider(ours, leaves),
+                UNFUSED: Provider(eager, leaves),
+                COMPILED: Provider(torch.compile(eager, dynamic=False), leaves),
+            },
+            forward_bytes=data + parameters,
+            backward_bytes=data + hidden.numel() * hidden.itemsize + 2 * parameters,
+        )
+
+    return problem
