@@ -1,0 +1,131 @@
+"""From a configuration to the model and its trainer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, cast
+
+import timm
+import torch
+from timm.optim import create_optimizer_v2, list_optimizers
+from torch import nn
+
+import fastlocal
+from fastlocal.backbone import backbone
+from fastlocal.kernels.dispatch import why_not_triton
+from fastlocal.train.config import TrainConfig, UserError, nearest
+
+Normalization = tuple[tuple[float, ...], tuple[float, ...]]
+FAMILIES = ["swin*", "vit*", "deit*", "beit*", "eva02*"]
+
+
+def designed_size(model: str) -> int:
+    """Height and width in pixels that timm designed ``model`` for.
+
+    Raises:
+        UserError: timm has no such model; the nearest name is suggested.
+    """
+    if not timm.is_model(model):
+        raise UserError(f"--model {model!r} is not known to timm{nearest(model, timm.list_models(FAMILIES))}")
+    designed = timm.get_pretrained_cfg(model, allow_unregistered=True)
+    return int(designed.input_size[-1]) if designed else 224
+
+
+def build_device(config: TrainConfig) -> torch.device:
+    """The device of ``config``.
+
+    Raises:
+        UserError: there is no such device, or its kernels cannot be the ones asked for.
+    """
+    if config.device == "auto":
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    else:
+        try:
+            device = torch.device(config.device)
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0].rstrip(".")
+            raise UserError(f"--device {config.device} cannot be used: {reason}.") from None
+    obstacle = why_not_triton(device)
+    if config.kernels == "triton" and obstacle is not None:
+        raise UserError(f"--kernels triton was asked for, but {obstacle[0].lower()}{obstacle[1:]}")
+    return device
+
+
+def build_model(config: TrainConfig, classes: int, image_size: int) -> nn.Module:
+    """The timm model, untrained, for square images of ``image_size`` pixels.
+
+    Raises:
+        UserError: the architecture is not supported, refuses an argument, or does not fit the image size.
+    """
+    arguments = {"drop_path_rate": config.drop_path, "img_size": image_size, **config.model_kwargs}
+    try:
+        model = timm.create_model(config.model, num_classes=classes, **arguments)
+    except Exception as error:  # timm checks its arguments with whatever the layers raise
+        backbone(timm.create_model(config.model))  # an unsupported architecture is the better explanation
+        given = " ".join(f"{name}={value}" for name, value in arguments.items())
+        raise UserError(
+            f"--model {config.model} cannot be built with {given}: {' '.join(str(error).split())}."
+        ) from None
+    backbone(model)  # refuses an unsupported architecture
+    patch = max(cast(Any, model).patch_embed.patch_size)
+    if image_size % patch:
+        raise UserError(
+            f"--model {config.model} does not fit images of {image_size} pixels, which is no multiple of its patch"
+            f" size, {patch}; change either with --model-kwargs img_size=… patch_size=…."
+        )
+    return model
+
+
+def build_trainer(
+    config: TrainConfig, model: nn.Module, device: torch.device, normalize: Normalization | None
+) -> fastlocal.LocalTrainer:
+    """The engine with the options of ``config``.
+
+    Raises:
+        UserError: an unknown optimizer; the nearest name is suggested.
+        ValueError: what the engine refuses, such as more modules than blocks.
+    """
+    known = [str(name) for name in list_optimizers()]
+    if config.opt not in known:
+        raise UserError(f"--opt {config.opt!r} is not known to timm{nearest(config.opt, known)}")
+
+    def optimizer(groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
+        return create_optimizer_v2(
+            groups, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+        )
+
+    checked = cast(Any, config)  # TrainConfig knows the choices that the engine's types spell out
+    return fastlocal.LocalTrainer(
+        model,
+        modules=config.modules if isinstance(config.modules, int | str) else list(config.modules),
+        objective=config.objective,
+        decoder=config.decoder,
+        optimizer=optimizer,
+        first_target=checked.first_target,
+        reconstruction=checked.reconstruction,
+        normalize_target=config.normalize_target,
+        regularizer_weight=config.regularizer_weight,
+        classification_weight=config.classification_weight,
+        lookahead=config.lookahead,
+        micro_batch=config.micro_batch,
+        recompute=checked.recompute,
+        residency=checked.residency,
+        amp_dtype=_amp_dtype(config, device),
+        clip_grad=config.clip_grad,
+        label_smoothing=0.0 if config.mixup or config.cutmix else config.smoothing,  # mixup smooths its own labels
+        ema_decay=config.model_ema_decay if config.model_ema else None,
+        kernels=checked.kernels,
+        device=device,
+        normalize=normalize,
+        compile=config.torchcompile,
+    )
+
+
+def _amp_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+    if not config.amp:
+        return None
+    if config.amp_dtype != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}[config.amp_dtype]
+    native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16

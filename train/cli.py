@@ -1,0 +1,154 @@
+"""The command line: ``fastlocal COMMAND``.
+
+Commands are the entry points of the group ``fastlocal.commands``: functions from a list of arguments to an exit code,
+so that floors above this one add theirs without being imported here. Their modules import nothing heavy at the top:
+``fastlocal --help`` shows the first line of each docstring and answers in a fraction of a second.
+
+Exit codes: 0 done, 2 a mistake of the user's (told in one sentence on stderr), 130 stopped by Ctrl-C or SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from typing import Any, NoReturn
+
+import fastlocal
+from fastlocal.train.config import TrainConfig, UserError, nearest, read_file
+
+MISTAKE, INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run ``fastlocal`` with ``argv``, by default the process's arguments; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands = {entry.name: entry for entry in importlib.metadata.entry_points(group="fastlocal.commands")}
+    try:
+        if not arguments or arguments[0] in ("-h", "--help"):
+            _print_help(commands)
+            return 0
+        if arguments[0] in ("-V", "--version"):
+            print(f"fastlocal {fastlocal.__version__}")
+            return 0
+        name = arguments[0]
+        if name not in commands:
+            raise UserError(f"there is no command {name!r}{nearest(name, commands)}")
+        return int(commands[name].load()(arguments[1:]))
+    except ValueError as error:
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        return MISTAKE
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def train(argv: list[str]) -> int:
+    """Train a timm vision transformer one module at a time."""
+    parser = _Parser(
+        prog="fastlocal train",
+        description="Train a timm vision transformer one module at a time; what no flag says, the data's recipe says.",
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of options; flags override it")
+    parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    _add_options(parser)
+    given = parser.parse(argv)
+    file, resumed = given.pop("config", None), given.pop("resume", None)
+    if file is not None:
+        given = {**read_file(file), **given}
+    config = TrainConfig.of(**given) if resumed is None else None  # a typing error is told before the heavy imports
+
+    import torch
+
+    from fastlocal.train import loop
+
+    try:
+        summary = loop.resume(resumed, **given) if config is None else loop.run(config)
+    except torch.OutOfMemoryError as error:
+        first = str(error).partition(". ")[0]
+        raise UserError(f"{first}: try a smaller --micro-batch, --recompute block or --residency module.") from None
+    return INTERRUPTED if summary.interrupted else 0
+
+
+def evaluate(argv: list[str]) -> int:
+    """Measure every exit of a saved run or checkpoint."""
+    parser = _Parser(
+        prog="fastlocal eval",
+        description="Measure every exit of a run (its best checkpoint) or of a checkpoint, by default on its own data.",
+    )
+    parser.add_argument("run", metavar="RUN_OR_CHECKPOINT", help="a run folder, or a checkpoint such as RUN/last.pt")
+    _add_options(
+        parser, only=("data", "data_dir", "download", "val_limit", "batch_size", "workers", "device", "kernels")
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse(argv)
+    as_json = given.pop("json", False)
+
+    from fastlocal.train.evaluation import evaluate_saved
+
+    result = evaluate_saved(given.pop("run"), **given)
+    if as_json:
+        print(json.dumps(result))
+        return 0
+    print(f"{result['checkpoint']} on {result['images']} images of {result['data']}")
+    for name, accuracy, loss in zip(result["exits"], result["accuracy"], result["loss"], strict=True):
+        print(f"{name:16s} accuracy {100 * accuracy:5.1f} %   loss {loss:.4f}")
+    return 0
+
+
+def doctor(argv: list[str]) -> int:
+    """Say what was found on this machine, which kernels will run, and why others will not."""
+    _Parser(prog="fastlocal doctor", description=doctor.__doc__).parse(argv)
+
+    from fastlocal.train.doctor import findings
+
+    for name, finding in findings():
+        print(f"{name:20s} {finding}")
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a mistake in one sentence, with the flag that may have been meant."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}.")
+
+    def parse(self, argv: list[str]) -> dict[str, Any]:
+        """The given arguments only, by name; what was not given is absent."""
+        known, unknown = self.parse_known_args(argv)
+        for argument in unknown:
+            flag = argument.partition("=")[0]
+            if flag.startswith("-"):
+                raise UserError(f"{self.prog} has no flag {flag}{nearest(flag, self._option_string_actions)}")
+        if unknown:
+            raise UserError(f"{self.prog} does not take the argument {unknown[0]!r}.")
+        return vars(known)
+
+
+def _add_options(parser: _Parser, only: Sequence[str] | None = None) -> None:
+    """A flag for each field of `TrainConfig`. Its text is read by `TrainConfig`, as a file's values are."""
+    for option in fields(TrainConfig):
+        if only is not None and option.name not in only:
+            continue
+        flag, settings = f"--{option.name.replace('_', '-')}", {"help": option.metadata["help"]}
+        if isinstance(option.default, bool):
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, **settings)
+        elif option.name == "model_kwargs":
+            parser.add_argument(flag, nargs="+", metavar="NAME=VALUE", **settings)
+        else:
+            choices = option.metadata["choices"]
+            parser.add_argument(flag, metavar="|".join(choices) or option.name.upper(), **settings)
+
+
+def _print_help(commands: dict[str, importlib.metadata.EntryPoint]) -> None:
+    print("usage: fastlocal COMMAND [ARGUMENTS]   (fastlocal COMMAND --help for more)\n")
+    print("Train vision transformers one module at a time.\n\ncommands:")
+    for name, entry in commands.items():
+        print(f"  {name:10s} {(entry.load().__doc__ or '').strip().splitlines()[0]}")
+    print("\nfastlocal --version prints the version.")

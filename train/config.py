@@ -1,0 +1,336 @@
+"""The configuration of a run: one frozen dataclass.
+
+A run's values come, each over the one before, from the defaults below, the recipe of the data set (`RECIPES`), a file
+(``--config``) and the flags. Flags that timm's training script has are named as there. Nothing heavy is imported here:
+the command line reads this file before it knows whether it will train.
+"""
+
+from __future__ import annotations
+
+import ast
+import difflib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+
+class UserError(ValueError):
+    """A mistake of the user's, told in one sentence; the command line prints it and exits with code 2."""
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` for the one of ``names`` most like ``name``, or ``"."`` if none is."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    return f"; did you mean {found[0]!r}?" if found else "."
+
+
+# How a value is read, a flag's text or a file's value. Each raises ValueError or TypeError for what it cannot read.
+
+
+def _whole(value: Any) -> int:
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+        raise ValueError
+    return int(value)
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool):
+        raise ValueError
+    return float(value)
+
+
+def _switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError
+    return value
+
+
+def _text(value: Any) -> str:
+    if not isinstance(value, str | int | float):
+        raise ValueError
+    return str(value)
+
+
+def _modules(value: Any) -> int | str | tuple[int, ...]:
+    """``4``, ``"stages"`` or cut points: ``"2,4,6"`` or a list."""
+    if value == "stages":
+        return "stages"
+    parts = value.split(",") if isinstance(value, str) else value
+    if isinstance(parts, list | tuple) and (len(parts) > 1 or not isinstance(value, str)):
+        return tuple(_whole(part) for part in parts)
+    return _whole(value)
+
+
+def _weights(value: Any) -> float | tuple[float, ...]:
+    """One number, or one per module: ``"0.2,0.5,1"`` or a list."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if isinstance(parts, list | tuple) and len(parts) > 1:
+        return tuple(_number(part) for part in parts)
+    return _number(value)
+
+
+def _keywords(value: Any) -> dict[str, Any]:
+    """A mapping, or flag texts such as ``["img_size=32", "depths=2,2,2,2"]``."""
+    if isinstance(value, Mapping):
+        return {str(key): tuple(entry) if isinstance(entry, list) else entry for key, entry in value.items()}
+    pairs = [text.partition("=") for text in value]
+    if not all(name.isidentifier() and text for name, _, text in pairs):
+        raise ValueError
+    return {name: _literal(text) for name, _, text in pairs}
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+_ACCEPTED = {
+    _whole: "a whole number",
+    _number: "a number",
+    _switch: "true or false",
+    _text: "a text",
+    _modules: "a number of modules, 'stages', or cut points such as 2,4,6",
+    _weights: "a number, or one per module such as 0.2,0.5,1",
+    _keywords: "name=value pairs such as img_size=32 depths=2,2,2,2",
+}
+
+
+def _about(
+    help: str,
+    parse: Callable[[Any], Any] = _text,
+    choices: tuple[str, ...] = (),
+    at_least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+) -> dict[str, Any]:
+    """What is known of a field of `TrainConfig`: its sentence for ``--help``, how it is read, what it may be."""
+    return {"help": help, "parse": parse, "choices": choices, "at_least": at_least, "above": above, "below": below}
+
+
+def _option(default: Any, help: str, *rules: Any, **limits: Any) -> Any:
+    return field(default=default, metadata=_about(help, *rules, **limits))
+
+
+DATA = ("digits", "cifar10", "cifar100", "stl10", "svhn", "fashion-mnist", "folder:PATH", "synthetic")
+OBJECTIVES = ("feature", "image", "cross-entropy", "transport", "end-to-end")
+DECODERS = ("linear", "mlp", "conv", "transformer")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything a run depends on; `TrainConfig.of` fills in a data set's recipe.
+
+    Raises:
+        UserError: a value is not what its field accepts.
+    """
+
+    # Data
+    data: str = _option("digits", f"what to train on: {', '.join(DATA)}")
+    data_dir: str = _option("data", "where torchvision's data sets lie, or are downloaded to")
+    download: bool = _option(False, "fetch the data set if it is not in --data-dir", _switch)
+    train_limit: int | None = _option(None, "train on a random subset of this many images", _whole, at_least=1)
+    val_limit: int | None = _option(None, "validate on a random subset of this many images", _whole, at_least=1)
+    workers: int = _option(2, "processes that read and augment large images (small ones need none)", _whole, at_least=0)
+    crop_padding: int = _option(0, "small images: pixels of padding before a random crop", _whole, at_least=0)
+    hflip: bool = _option(True, "flip half of the training images left to right", _switch)
+    cutout: int = _option(0, "small images: side in pixels of a random grey square; 0: none", _whole, at_least=0)
+    mixup: float = _option(0.0, "mixup alpha; 0: off", _number, at_least=0)
+    cutmix: float = _option(0.0, "cutmix alpha; 0: off", _number, at_least=0)
+
+    # Model. It is built for the data's image size, unless --model-kwargs has an img_size: images are resized to that.
+    model: str = _option("swin_tiny_patch4_window7_224", "a timm vision transformer")
+    model_kwargs: Mapping[str, Any] = field(
+        default_factory=dict,
+        metadata=_about("arguments of timm.create_model, such as img_size=32 depths=2,2,2,2", _keywords),
+    )
+    drop_path: float = _option(0.0, "stochastic depth rate of the last block", _number, at_least=0, below=1)
+
+    # Local learning
+    modules: int | str | tuple[int, ...] = _option(
+        4,
+        "modules trained one at a time: a number, 'stages', or cut points (first blocks of modules 2, 3, …)",
+        _modules,
+    )
+    objective: str = _option("feature", "what a module learns from", choices=OBJECTIVES)
+    decoder: str = _option("linear", "what maps a module's output back to its input", choices=DECODERS)
+    first_target: str = _option(
+        "image",
+        "what module 1 reconstructs for 'feature': the image or its patch embedding",
+        choices=("image", "patch"),
+    )
+    reconstruction: str = _option("mse", "reconstruction loss", choices=("mse", "l1", "smooth_l1"))
+    normalize_target: bool = _option(False, "normalize each token of the reconstruction target", _switch)
+    regularizer_weight: float | tuple[float, ...] | None = _option(
+        None,
+        "weight of the reconstruction or transport term, one or one per local module; default: the objective's",
+        _weights,
+    )
+    classification_weight: float | tuple[float, ...] | None = _option(
+        None, "weight of the auxiliary cross-entropy, likewise", _weights
+    )
+    lookahead: int = _option(0, "blocks of the next module that an auxiliary head reads", _whole, at_least=0)
+
+    # Memory and arithmetic
+    micro_batch: int | None = _option(None, "images per part of a batch; default: the whole batch", _whole, at_least=1)
+    recompute: str = _option("none", "what the backward pass computes again", choices=("none", "block"))
+    residency: str = _option(
+        "all", "what of the idle modules stays on the device", choices=("all", "optimizer", "module")
+    )
+    kernels: str = _option("auto", "fused ops", choices=("auto", "triton", "reference"))
+    device: str = _option("auto", "torch device; auto: cuda if there is one, else cpu")
+    torchcompile: bool = _option(False, "compile each module with torch.compile", _switch)
+    amp: bool = _option(False, "mixed precision", _switch)
+    amp_dtype: str = _option(
+        "auto", "auto: bfloat16 where the device has it, else float16", choices=("auto", "bfloat16", "float16")
+    )
+
+    # Optimization; one optimizer and one schedule per module
+    epochs: int = _option(100, "passes over the training images", _whole, at_least=1)
+    batch_size: int = _option(128, "images per optimizer step", _whole, at_least=1)
+    opt: str = _option("adamw", "any optimizer of timm's")
+    lr: float = _option(5e-4, "peak learning rate", _number, above=0)
+    weight_decay: float = _option(0.05, "weight decay, not of biases, norms and position tables", _number, at_least=0)
+    momentum: float = _option(0.9, "for optimizers that have it", _number, at_least=0, below=1)
+    sched: str = _option("cosine", "learning-rate schedule, per step", choices=("cosine", "poly", "step", "none"))
+    warmup_epochs: float | None = _option(
+        None,
+        "epochs of linear warm-up, fractions allowed; default: a tenth of --epochs, at most 5",
+        _number,
+        at_least=0,
+    )
+    warmup_lr: float = _option(1e-6, "learning rate that warm-up starts from", _number, at_least=0)
+    min_lr: float = _option(0.0, "learning rate that cosine and poly end at", _number, at_least=0)
+    decay_epochs: float = _option(30.0, "step schedule: epochs between decays", _number, above=0)
+    decay_rate: float = _option(0.1, "step schedule: factor of a decay; poly: the power", _number, above=0)
+    clip_grad: float | None = _option(None, "largest gradient norm of a module", _number, above=0)
+    smoothing: float = _option(0.0, "label smoothing", _number, at_least=0, below=1)
+    model_ema: bool = _option(False, "keep a moving average of the model, validate and export it", _switch)
+    model_ema_decay: float = _option(0.9998, "decay of the moving average", _number, at_least=0, below=1)
+    seed: int = _option(42, "seed of weights, data order and augmentation", _whole, at_least=0)
+
+    # Run folder and reports
+    output: str = _option("runs", "folder that run folders are made in")
+    experiment: str = _option("", "name of the run folder; default: time, data and objective")
+    recovery_interval: int = _option(0, "steps between saves inside an epoch; 0: only at its end", _whole, at_least=0)
+    log_interval: int = _option(50, "steps between lines inside an epoch, when not on a terminal", _whole, at_least=1)
+    log: str = _option("none", "extra log beside metrics.jsonl", choices=("none", "tensorboard"))
+
+    def __post_init__(self) -> None:
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if value is not None or option.default is not None:
+                object.__setattr__(self, option.name, _checked(option.name, option.metadata, value))
+        kind = self.data.partition(":")[0]
+        if self.data not in (*DATA[:-2], "synthetic") and (kind != "folder" or self.data in ("folder", "folder:")):
+            raise UserError(f"--data {self.data} is not one of {', '.join(DATA)}{nearest(self.data, DATA)}")
+        if self.warmup_epochs is None:
+            object.__setattr__(self, "warmup_epochs", min(self.epochs / 10, 5.0))
+        elif self.warmup_epochs > self.epochs:
+            raise UserError(f"--warmup-epochs must be at most --epochs, {self.epochs}; got {self.warmup_epochs}.")
+        if (self.mixup or self.cutmix) and self.batch_size % 2:
+            raise UserError(f"--batch-size must be even for --mixup and --cutmix, got {self.batch_size}.")
+
+    @classmethod
+    def of(cls, **given: Any) -> TrainConfig:
+        """A configuration with the recipe of ``given["data"]`` where ``given`` says nothing.
+
+        Raises:
+            UserError: an unknown name, with the nearest known one, or a value that its field does not accept.
+        """
+        names = {option.name for option in fields(cls)}
+        for name in given:
+            if name not in names:
+                raise UserError(f"unknown option {name!r}{nearest(name, names)}")
+        recipe = dict(RECIPES.get(given.get("data", "digits"), {}))
+        if "model" in given:
+            recipe.pop("model_kwargs", None)
+        elif "model_kwargs" in given:
+            options = cls.__dataclass_fields__["model_kwargs"]
+            kwargs = _checked("model_kwargs", options.metadata, given["model_kwargs"])
+            given = {**given, "model_kwargs": {**recipe.get("model_kwargs", {}), **kwargs}}
+        return cls(**{**recipe, **given})
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as plain values, lists for tuples: fit for YAML and for a checkpoint that loads weights only."""
+        return {option.name: _plain(getattr(self, option.name)) for option in fields(self)}
+
+
+def _checked(name: str, rules: Mapping[str, Any], value: Any) -> Any:
+    flag = f"--{name.replace('_', '-')}"
+    try:
+        value = rules["parse"](value)
+    except (ValueError, TypeError, AttributeError):
+        raise UserError(f"{flag} must be {_ACCEPTED[rules['parse']]}, got {value!r}.") from None
+    if rules["choices"] and value not in rules["choices"]:
+        raise UserError(f"{flag} {value} is not one of {', '.join(rules['choices'])}{nearest(value, rules['choices'])}")
+    limits = (
+        ("at_least", "at least", lambda bound: value >= bound),
+        ("above", "above", lambda bound: value > bound),
+        ("below", "below", lambda bound: value < bound),
+    )
+    for key, words, holds in limits:
+        if rules[key] is not None and not holds(rules[key]):
+            raise UserError(f"{flag} must be {words} {rules[key]}, got {value}.")
+    return value
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+# A 2-2-2-2 Swin with two-pixel patches and small windows: what a 32-pixel image needs in place of the 224-pixel design.
+_SMALL_SWIN = {"patch_size": 2, "window_size": 4, "embed_dim": 32, "depths": (2, 2, 2, 2), "num_heads": (2, 4, 8, 16)}
+_SMALL_IMAGES = {
+    "model_kwargs": _SMALL_SWIN,
+    "epochs": 30,
+    "lr": 1e-3,
+    "clip_grad": 1.0,
+    "smoothing": 0.1,
+    "crop_padding": 4,
+}
+# What differs from the defaults above, by data set. No flip where mirror images are other classes or none (digits).
+RECIPES: dict[str, dict[str, Any]] = {
+    "digits": {
+        **_SMALL_IMAGES,
+        "model_kwargs": {**_SMALL_SWIN, "patch_size": 1},
+        "lr": 2e-3,
+        "crop_padding": 1,
+        "hflip": False,
+    },
+    "cifar10": _SMALL_IMAGES,
+    "cifar100": _SMALL_IMAGES,
+    "svhn": {**_SMALL_IMAGES, "hflip": False},
+    "fashion-mnist": {**_SMALL_IMAGES, "model_kwargs": {**_SMALL_SWIN, "window_size": 7}, "crop_padding": 2},
+    "stl10": {**_SMALL_IMAGES, "model_kwargs": {**_SMALL_SWIN, "patch_size": 4, "window_size": 6}, "crop_padding": 12},
+}
+
+
+def read_file(path: str | Path) -> dict[str, Any]:
+    """The options in a YAML or JSON file, as `TrainConfig.of` takes them (dashes in names count as underscores).
+
+    Raises:
+        UserError: the file is missing, is no YAML, or is no mapping.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"--config {path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"--config {path} is not valid YAML or JSON: {' '.join(str(error).split())}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"--config {path} must hold a mapping of options to values, got {type(content).__name__}.")
+    return {str(name).replace("-", "_"): value for name, value in content.items()}
+
+
+def write_file(config: TrainConfig, path: Path) -> None:
+    """Write ``config`` as YAML that `read_file` reads back to an equal configuration."""
+    import yaml
+
+    path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")

@@ -1,0 +1,105 @@
+"""Validation of every exit, during a run and of a saved one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+import fastlocal
+from fastlocal.train import checkpoint as checkpoints
+from fastlocal.train.build import build_device, build_model, build_trainer
+from fastlocal.train.config import TrainConfig, UserError
+from fastlocal.train.data import Split, check_same_classes, read
+
+
+def load_trainer(trainer: fastlocal.LocalTrainer, state: dict[str, Any], path: Path) -> None:
+    """Load ``state``, read from ``path``, into ``trainer``.
+
+    Raises:
+        UserError: it is the state of another model or set-up.
+    """
+    try:
+        trainer.load_state_dict(state)
+    except (RuntimeError, KeyError, ValueError, TypeError, IndexError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is a checkpoint of another model or set-up: {reason}.") from None
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Cross-entropy and accuracy (0 to 1) of every exit."""
+
+    loss: list[float]
+    accuracy: list[float]
+
+
+def validate(
+    trainer: fastlocal.LocalTrainer,
+    split: Split,
+    batch_size: int,
+    device: torch.device,
+    *,
+    ema: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Measured | None:
+    """Measure every exit of ``trainer`` on ``split``; None if ``stopped`` says so meanwhile."""
+    loss, correct = torch.zeros(()), torch.zeros(())
+    indices = list(torch.arange(len(split)).split(batch_size))
+    for images, labels in split.batches(indices, None):
+        if stopped():
+            return None
+        labels = labels.to(device, non_blocking=True)
+        logits = trainer.predict(images.to(device, non_blocking=True), ema=ema)
+        exits = len(logits)
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.repeat(exits), reduction="none")
+        loss = loss.to(device) + losses.view(exits, -1).sum(1)
+        correct = correct.to(device) + (logits.argmax(2) == labels).sum(1)
+    return Measured((loss / len(split)).tolist(), (correct / len(split)).tolist())
+
+
+def evaluate_saved(path: str | Path, **changes: Any) -> dict[str, Any]:
+    """Measure every exit of the best checkpoint of a run folder, or of the checkpoint file at ``path``.
+
+    Args:
+        changes: new values for options of the run, such as ``data`` or ``batch_size``.
+
+    Returns:
+        ``checkpoint``, ``data``, ``images``, and lists over the exits: ``exits``, ``accuracy`` (0 to 1), ``loss``. The
+        moving average of the model, if the run keeps one, is the last exit.
+
+    Raises:
+        UserError: there is no whole checkpoint, or the data's classes are not the model's.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / ("best.pt" if (path / "best.pt").exists() else "last.pt")
+    saved = checkpoints.load(path)
+    kept, size = saved["config"], saved["image_size"]
+    config = TrainConfig.of(**{**kept, **changes, "model_kwargs": {"img_size": size, **kept["model_kwargs"]}})
+    device = build_device(config)
+    split = read(config, "validation", size)
+    check_same_classes(saved["classes"], split.classes, f"--data {config.data}")
+    model = build_model(config, len(saved["classes"]), size)
+    trainer = build_trainer(config, model, device, saved["normalize"])
+    load_trainer(trainer, saved["trainer"], path)
+
+    measured = validate(trainer, split, config.batch_size, device)
+    assert measured is not None
+    exits, accuracy, loss = list(trainer.exit_names), measured.accuracy, measured.loss
+    if config.model_ema:
+        average = validate(trainer, split, config.batch_size, device, ema=True)
+        assert average is not None
+        exits, accuracy, loss = [*exits, "moving average"], accuracy + average.accuracy, loss + average.loss
+    return {
+        "checkpoint": str(path),
+        "data": config.data,
+        "images": len(split),
+        "exits": exits,
+        "accuracy": accuracy,
+        "loss": loss,
+    }
