@@ -5,9 +5,10 @@ How bytes are counted
     made it to the moment the last tensor, view or autograd node lets go of it. An operation's results count while its
     arguments still live, as they do on a device. Tensors that existed before the step count from the start if they
     are given to the `Meter`, and otherwise from the first operation that reads them.
-    Not counted: scratch memory inside one operation (a convolution's workspace, or what a custom op allocates and
-    frees below the dispatcher), the allocator's rounding (512 bytes on CUDA) and fragmentation. On CUDA the meter
-    reports torch's own peak beside its own, which includes the first two.
+    A fused op of fastlocal counts the scratch memory that it documents (``workspace_bytes``) beside its results.
+    Not counted: scratch memory inside any other operation (a convolution's workspace), the allocator's rounding (512
+    bytes on CUDA) and fragmentation. On CUDA the meter reports torch's own peak beside its own, which includes the
+    first two.
 
 What the kinds mean (a storage has one kind for its whole life, found out as late as necessary)
     parameters  what is used as a `torch.nn.Parameter`, and the buffers of the given modules
@@ -24,7 +25,7 @@ from __future__ import annotations
 import copy
 import functools
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
@@ -39,9 +40,20 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fastlocal.kernels.reconstruction_loss import workspace_bytes
+
 Kind = Literal["parameters", "gradients", "optimizer", "inputs", "boundary", "graph", "temporary"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 HOST = "host"  # the name of the pool that `on_host` puts a tensor in
+
+# What a custom op allocates and frees inside is below the dispatcher, so the op must say it: name -> bytes, from its
+# arguments.
+_SCRATCH: dict[str, Callable[..., int]] = {
+    "fastlocal::reconstruction_loss": lambda hidden, weight, bias, target, *_: workspace_bytes(hidden, weight, target),
+    "fastlocal::reconstruction_loss_backward": lambda upstream, hidden, weight, bias, target, *_: workspace_bytes(
+        hidden, weight, target
+    ),
+}
 
 # What the program said about its storages. Marks outlive any one meter: a host copy stays one from step to step.
 _tags: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -89,8 +101,8 @@ def dry_run() -> Iterator[None]:
     The fake tensors say they are on the CPU, so CPU rules hold: autocast runs LayerNorm in the low precision (as
     timm's fast norm does on CUDA), and optimizers step one parameter at a time unless told otherwise.
 
-    Reading a number whose value is unknown (``.item()``, ``float()``) gives 0, so that a GradScaler takes its step; a
-    decision on data (``if tensor:``) raises `torch._subclasses.fake_tensor.DataDependentOutputException`.
+    Reading a value that is not known (``.item()``, ``float()``, ``if tensor:``) gives zero: 0.0, 0 or False. So a
+    GradScaler finds no overflow, and a test that must hold for the step to go on asks `is_dry_run` first.
 
         with fastlocal.memory.dry_run():
             model = fastlocal.memory.fake_copy(model)
@@ -98,8 +110,15 @@ def dry_run() -> Iterator[None]:
             with fastlocal.memory.Meter(model, images) as meter:
                 loss_of(model, images).backward()
     """
-    with _DryRun():
-        yield
+    # Module.to() would swap fake parameters, which fails where a weak reference to them exists, and the fake mode
+    # itself holds some; so it assigns their data, as it does for real ones.
+    swap_tensors = torch.utils.swap_tensors
+    torch.utils.swap_tensors = _assign_data
+    try:
+        with _DryRun():
+            yield
+    finally:
+        torch.utils.swap_tensors = swap_tensors
 
 
 def fake_copy(model: nn.Module) -> nn.Module:
@@ -121,14 +140,18 @@ def _without_data(tensor: Tensor) -> Tensor:
     return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
 
 
+def _assign_data(to: Tensor, value: Tensor) -> None:
+    to.data = value.data
+
+
 class _DryRun(FakeTensorMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         try:
             return super().__torch_dispatch__(func, types, args, kwargs)
         except DataDependentOutputException:  # not raised where the value is known, as an optimizer's step count is
-            if func is not torch.ops.aten._local_scalar_dense.default or args[0].dtype is torch.bool:
+            if func is not torch.ops.aten._local_scalar_dense.default:
                 raise
-            return 0.0 if args[0].is_floating_point() else 0
+            return False if args[0].dtype is torch.bool else 0.0 if args[0].is_floating_point() else 0
 
 
 class _Record:
@@ -287,6 +310,10 @@ class Meter(TorchDispatchMode):
         result = func(*args, **kwargs)
         for tensor in _tensors((result,)):
             self._see(tensor, None, made=True)
+        if func.namespace == "fastlocal" and (scratch := _SCRATCH.get(func._schema.name)) is not None:
+            record = _Record(str(args[0].device), "temporary")
+            self._count(record, scratch(*args))
+            self._count(record, 0)
         return result
 
     def _see(self, tensor: Tensor, kind: Kind | None, made: bool = False) -> None:
