@@ -152,7 +152,7 @@ class Residency:
                 state[key] = self._to_device(value)
 
     def _return_state(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
-        state = optimizer.state[parameter]
+        state = optimizer.state.get(parameter, {})  # plain [] would make an entry
         for key, value in _large(state):
             host = self._host_state.pop((parameter, key), None)
             if host is None:

@@ -442,7 +442,8 @@ class LocalTrainer:
         return torch.autocast(self.device.type, self.amp_dtype, enabled=self.amp_dtype is not None, cache_enabled=False)
 
     def _criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
-        return F.cross_entropy(logits.float(), labels, label_smoothing=self.label_smoothing)
+        wide = logits if logits.dtype == torch.float64 else logits.float()
+        return F.cross_entropy(wide, labels, label_smoothing=self.label_smoothing)
 
     def _backward(self, loss: Tensor, share: float) -> None:
         """Backward of a mean over a part, as its share of the mean over the batch."""
