@@ -270,16 +270,30 @@ class Blocks:
 FORWARD, QUERY, KEY, BIAS = "forward", "d_q", "d_k and d_v", "d_bias"
 
 
+# (kernel, head dimension above 64, bias) for two-byte dtypes. Every row fits 99 KiB of shared memory (compute
+# capabilities 8.6, 8.9, 12.0) and 255 registers on every architecture from 8.0: no spills.
+BLOCKS = {
+    (FORWARD, False, False): Blocks(128, 64, 8, 2),
+    (FORWARD, False, True): Blocks(64, 64, 8, 2),
+    (FORWARD, True, False): Blocks(128, 64, 8, 2),
+    (FORWARD, True, True): Blocks(64, 64, 8, 2),
+    (QUERY, False, False): Blocks(64, 64, 4, 2),
+    (QUERY, False, True): Blocks(64, 64, 8, 2),
+    (QUERY, True, False): Blocks(128, 32, 8, 2),
+    (QUERY, True, True): Blocks(64, 64, 8, 2),
+    (KEY, False, False): Blocks(32, 64, 4, 2),
+    (KEY, False, True): Blocks(32, 64, 8, 2),
+    (KEY, True, False): Blocks(64, 64, 8, 2),
+    (KEY, True, True): Blocks(32, 64, 8, 2),
+    (BIAS, False, True): Blocks(64, 64, 8, 1),
+    (BIAS, True, True): Blocks(64, 32, 8, 1),
+}
+
+
 def _blocks(kernel: str, head_dim: int, dtype: torch.dtype, has_bias: bool) -> Blocks:
-    """Sizes that fit 99 KiB of shared memory (compute capabilities 8.6, 8.9, 12.0) and 255 registers everywhere."""
     if dtype == torch.float32:  # exact products run without tensor cores: small tiles
         return Blocks(32, 32, 4, 1)
-    wide = head_dim > 64
-    if kernel == FORWARD and not has_bias:
-        return Blocks(128, 64, 8, 2)
-    if kernel == BIAS:
-        return Blocks(64, 64, 8, 1)
-    return Blocks(64, 64, 8 if wide or has_bias else 4, 2)
+    return BLOCKS[kernel, head_dim > 64, has_bias]
 
 
 # --- Launchers --------------------------------------------------------------------------------------------------------

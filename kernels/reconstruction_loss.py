@@ -24,7 +24,7 @@ NORMALIZATION_EPS = 1e-6
 
 # The tile of the reconstruction that exists at one time. On a card it grows with the number of multiprocessors: enough
 # to fill the card and to hide the launches, and no more (16 MiB of bfloat16 on 132 of them, 2.5 MiB on 20).
-TILE_ELEMENTS = 2**20
+TILE_ELEMENTS = 2**18
 TILE_ELEMENTS_PER_MULTIPROCESSOR = 2**16
 
 
@@ -85,13 +85,15 @@ def workspace_bytes(hidden: Tensor, weight: Tensor, target: Tensor) -> int:
     inside a custom op.
     """
     outputs, channels = weight.shape
-    tokens = hidden.numel() // channels
-    elements = min(tokens, max(1, _tile_elements(hidden.device) // outputs)) * outputs
-    accumulate = _accumulate_dtype(hidden.dtype).itemsize
+    tokens, pixels = hidden.numel() // channels, outputs // target.shape[-1]
+    elements = min(tokens, _tile_tokens(outputs, channels, hidden.device)) * max(outputs, channels)
+    sums = _accumulate_dtype(hidden.dtype).itemsize
+    if _implementation(hidden) == "triton":  # the gradient, and hidden where it must be copied; a normalized target's
+        tile = 2 * hidden.dtype.itemsize * elements + tokens * (8 * pixels + 4 * -(-outputs // 64))  # two statistics
+    else:  # the residual, the target and the normalized target
+        tile = 3 * sums * elements
     cast_weight = weight.numel() * hidden.dtype.itemsize * (weight.dtype != hidden.dtype)
-    # The tile, its residual, its target and its gradient; the weight gradient's sum and one addend.
-    tile = elements * (2 * accumulate + 2 * hidden.dtype.itemsize) + 8 * tokens
-    return cast_weight + tile + 2 * weight.numel() * accumulate
+    return tile + cast_weight + 2 * sums * weight.numel()  # the weight gradient's sum and one addend
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------------
@@ -166,7 +168,7 @@ def _forward(
         losses = reconstruction_loss_triton.loss_sums(hidden, weight, bias, patches, kind, normalize_target)
     else:
         losses = hidden.new_zeros(hidden.shape[0], dtype=_accumulate_dtype(hidden.dtype))
-        for tile in _tiles(hidden.shape[:3], weight.shape[0], hidden.device):
+        for tile in _tiles(hidden, weight.shape[0]):
             losses[tile[0]] += _reference_loss(hidden[tile], weight, bias, patches[tile], kind, normalize_target)
     return losses.div_(target[0].numel())
 
@@ -211,7 +213,7 @@ def _backward(
     upstream = upstream / target[0].numel()
     cast_weight = weight.to(hidden.dtype)
     patches = _patches(target, upsample)
-    for tile in _tiles(hidden.shape[:3], weight.shape[0], hidden.device):
+    for tile in _tiles(hidden, weight.shape[0]):
         gradient = tile_gradient(
             hidden[tile], cast_weight, bias, patches[tile], upstream[tile[0]], kind, normalize_target
         )
@@ -282,20 +284,22 @@ def _patches(target: Tensor, upsample: int) -> Tensor:
     return target.unflatten(2, (-1, upsample)).unflatten(1, (-1, upsample)).transpose(2, 3)
 
 
-def _tile_elements(device: torch.device) -> int:
-    if device.type != "cuda":
-        return TILE_ELEMENTS
-    return TILE_ELEMENTS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+def _tile_tokens(outputs: int, channels: int, device: torch.device) -> int:
+    elements = TILE_ELEMENTS
+    if device.type == "cuda":
+        elements = TILE_ELEMENTS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, elements // max(outputs, channels))
 
 
-def _tiles(shape: Sequence[int], outputs: int, device: torch.device) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut tokens [B, h, w] into boxes of at most `_tile_elements` outputs: whole samples, else whole rows of one."""
-    tokens = max(1, _tile_elements(device) // outputs)
-    steps = []
+def _tiles(hidden: Tensor, outputs: int) -> Iterator[tuple[slice, slice, slice]]:
+    """Cut tokens [B, h, w] into boxes of at most `_tile_tokens`: whole samples, else whole rows of one sample."""
+    *shape, channels = hidden.shape
+    tokens = _tile_tokens(outputs, channels, hidden.device)
+    steps: list[int] = []
     for size in reversed(shape):
-        steps.append(min(size, max(1, tokens)))
+        steps.insert(0, min(size, max(1, tokens)))
         tokens //= size
-    ranges = [[slice(i, i + step) for i in range(0, n, step)] for n, step in zip(shape, reversed(steps), strict=True)]
+    ranges = [[slice(i, i + step) for i in range(0, n, step)] for n, step in zip(shape, steps, strict=True)]
     yield from itertools.product(*ranges)  # type: ignore[misc]
 
 
@@ -316,7 +320,7 @@ def _reference_residual(hidden: Tensor, weight: Tensor, bias: Tensor | None, tar
         residual = (hidden.flatten(1, 2) @ weight.t()).to(_accumulate_dtype(hidden.dtype))
     if bias is not None:
         residual += bias
-    target = target.to(residual.dtype)
+    target = target.to(residual.dtype, memory_format=torch.contiguous_format)
     if normalize:
         target = F.layer_norm(target, target.shape[-1:], eps=NORMALIZATION_EPS)
     return residual.sub_(target.reshape(residual.shape))

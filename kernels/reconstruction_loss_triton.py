@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -32,12 +33,11 @@ def _offset(token, height, width, batch_stride, row_stride, column_stride):
 @triton.jit
 def _residual_kernel(
     hidden_ptr, weight_ptr, bias_ptr, target_ptr, mean_ptr, rstd_ptr, upstream_ptr, out_ptr,
-    tokens, height, width,
+    tokens, height, width, channels,
     hidden_batch, hidden_row, hidden_column,
     target_batch, target_row, target_column, target_patch_row, target_patch_column, target_channel,
     BACKWARD: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, NORMALIZE: tl.constexpr,
-    UPCAST: tl.constexpr, UNIT: tl.constexpr, UPSAMPLE: tl.constexpr,
-    CHANNELS: tl.constexpr, TARGET_CHANNELS: tl.constexpr,
+    UPCAST: tl.constexpr, UNIT: tl.constexpr, UPSAMPLE: tl.constexpr, TARGET_CHANNELS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
     OUTPUTS: tl.constexpr = UPSAMPLE * UPSAMPLE * TARGET_CHANNELS
@@ -51,11 +51,12 @@ def _residual_kernel(
     mask = token_mask[:, None] & output_mask[None, :]
 
     hidden_ptr += _offset(token, height, width, hidden_batch, hidden_row, hidden_column)[:, None] * UNIT
-    weight_ptr += output[:, None] * CHANNELS
+    channels *= UNIT
+    weight_ptr += output[:, None] * channels
     residual = tl.zeros([BLOCK_TOKENS, BLOCK_OUTPUTS], tl.float32)
-    for start in range(0, CHANNELS, BLOCK_CHANNELS):
+    for start in range(0, channels, BLOCK_CHANNELS):
         channel = start + tl.arange(0, BLOCK_CHANNELS)
-        channel_mask = (channel < CHANNELS)[None, :]
+        channel_mask = (channel < channels)[None, :]
         hidden = tl.load(hidden_ptr + channel[None, :], mask=token_mask[:, None] & channel_mask, other=0.0)
         weight = tl.load(weight_ptr + channel[None, :], mask=output_mask[:, None] & channel_mask, other=0.0)
         if UPCAST:
@@ -150,8 +151,8 @@ def _blocks(outputs: int, dtype: torch.dtype) -> Blocks:
     if dtype == torch.float32:  # exact products run without tensor cores: small tiles
         return Blocks(64, 32, 32, 4, 1)
     if outputs <= 64:
-        return Blocks(128, 64, 32, 4, 3)
-    return Blocks(128, 128, 32, 8, 3)
+        return Blocks(128, 64, 32, 8, 3)
+    return Blocks(64, 128, 64, 4, 3)
 
 
 # --- Launchers --------------------------------------------------------------------------------------------------------
@@ -185,7 +186,6 @@ def _launch(
 ) -> None:  # fmt: skip
     batch, height, width, upsample, _, target_channels = patches.shape
     tokens = batch * height * width
-    channels = hidden.shape[-1]
     mean = rstd = out
     if normalize:
         positions = tokens * upsample**2
@@ -195,7 +195,7 @@ def _launch(
             UPSAMPLE=upsample, TARGET_CHANNELS=target_channels, **STATISTICS,
         )  # fmt: skip
     # 8 elements of 2 bytes are one 16-byte load: a kernel that sees ``stride * 8`` knows that its rows are aligned.
-    strides = hidden.stride()[:3]
+    strides = (hidden.shape[-1], *hidden.stride()[:3])
     unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
     blocks = _blocks(weight.shape[0], hidden.dtype)
     _residual_kernel[(triton.cdiv(tokens, blocks.tokens) * triton.cdiv(weight.shape[0], blocks.outputs),)](
@@ -203,7 +203,7 @@ def _launch(
         tokens, height, width, *(stride // unit for stride in strides), *patches.stride(),
         BACKWARD=backward, KIND=kind, HAS_BIAS=bias is not None, NORMALIZE=normalize,
         UPCAST=dispatch.interpreting() and hidden.dtype == torch.bfloat16,  # interpreted bfloat16 products are wrong
-        UNIT=unit, UPSAMPLE=upsample, CHANNELS=channels, TARGET_CHANNELS=target_channels,
+        UNIT=unit, UPSAMPLE=upsample, TARGET_CHANNELS=target_channels,
         BLOCK_TOKENS=blocks.tokens, BLOCK_OUTPUTS=blocks.outputs, BLOCK_CHANNELS=blocks.channels,
         num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
@@ -212,57 +212,63 @@ def _launch(
 # --- What ships -------------------------------------------------------------------------------------------------------
 
 
-# (Ck, upsample, Ct) of linear decoders: Swin-T's four stages, and ViT-B to features and to the image.
-GEOMETRIES = ((96, 4, 3), (192, 2, 96), (384, 2, 192), (768, 2, 384), (768, 1, 768), (768, 16, 3))
+# (upsample, Ct) of linear decoders: Swin-T's four stages, ViT-B to features and to the image.
+GEOMETRIES = ((4, 3), (2, 96), (2, 192), (2, 384), (1, 768), (16, 3))
+KINDS = ("mse", "l1", "smooth_l1")
+POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
 
 
 def compile_cases() -> list[CompileCase]:
-    """Both directions of every geometry, and the target's statistics; strides aligned, channels adjacent."""
-    pointers = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+    """Both directions of every geometry with mse, and of one geometry with every kind on a normalized target."""
+    variants = [(geometry, "mse", False) for geometry in GEOMETRIES] + [((2, 96), kind, True) for kind in KINDS]
     cases = []
-    for dtype, (channels, upsample, target_channels), backward in itertools.product(
-        pointers, GEOMETRIES, (False, True)
+    for dtype, ((upsample, target_channels), kind, normalize), backward in itertools.product(
+        POINTERS, variants, (False, True)
     ):
-        outputs = upsample**2 * target_channels
-        blocks = _blocks(outputs, dtype)
+        blocks = _blocks(upsample**2 * target_channels, dtype)
         constexprs = {
-            "BACKWARD": backward, "KIND": "mse", "HAS_BIAS": True, "NORMALIZE": False, "UPCAST": False, "UNIT": 8,
-            "UPSAMPLE": upsample, "CHANNELS": channels, "TARGET_CHANNELS": target_channels,
+            "BACKWARD": backward, "KIND": kind, "HAS_BIAS": True, "NORMALIZE": normalize, "UPCAST": False, "UNIT": 8,
+            "UPSAMPLE": upsample, "TARGET_CHANNELS": target_channels, "target_channel": 1,
             "BLOCK_TOKENS": blocks.tokens, "BLOCK_OUTPUTS": blocks.outputs, "BLOCK_CHANNELS": blocks.channels,
-            "target_channel": 1,
         }  # fmt: skip
-        signature = dict.fromkeys((key for key in _residual_kernel.arg_names if key not in constexprs), "i32")
-        signature |= {key: "*fp32" for key in signature if key.endswith("_ptr")}
-        signature |= dict.fromkeys(("hidden_ptr", "weight_ptr", "target_ptr"), pointers[dtype])
-        if backward:
-            signature["out_ptr"] = pointers[dtype]
-        name = f"{'d_loss' if backward else 'loss'}, {channels} to {upsample} x {upsample} x {target_channels}"
+        name = f"{'gradient' if backward else 'loss'}, {kind}, {upsample} x {upsample} x {target_channels}"
+        low_precision = {"hidden_ptr", "weight_ptr", "target_ptr"} | ({"out_ptr"} if backward else set())
         cases.append(
-            CompileCase(
-                name=f"reconstruction_loss {name}, {str(dtype).removeprefix('torch.')}",
-                kernel=_residual_kernel,
-                signature=signature,
-                constexprs=constexprs,
-                num_warps=blocks.num_warps,
-                num_stages=blocks.num_stages,
-                dtype=dtype,
+            _compile_case(
+                name + ", normalized" * normalize,
+                _residual_kernel,
+                constexprs,
+                low_precision,
+                dtype,
+                blocks.num_warps,
+                blocks.num_stages,
                 has_dot=True,
             )
         )
-    for dtype, pointer in pointers.items():
+    for dtype in POINTERS:
         constexprs = {"UPSAMPLE": 2, "TARGET_CHANNELS": 96, "target_channel": 1, **STATISTICS}
-        signature = dict.fromkeys((key for key in _statistics_kernel.arg_names if key not in constexprs), "i32")
-        signature |= {"target_ptr": pointer, "mean_ptr": "*fp32", "rstd_ptr": "*fp32"}
         cases.append(
-            CompileCase(
-                name=f"reconstruction_loss target statistics, {str(dtype).removeprefix('torch.')}",
-                kernel=_statistics_kernel,
-                signature=signature,
-                constexprs=constexprs,
-                num_warps=4,
-                num_stages=1,
-                dtype=dtype,
-                has_dot=False,
+            _compile_case(
+                "target statistics", _statistics_kernel, constexprs, {"target_ptr"}, dtype, 4, 1, has_dot=False
             )
         )
     return cases
+
+
+def _compile_case(
+    name: str, kernel: Any, constexprs: dict[str, Any], low_precision: set[str], dtype: torch.dtype,
+    num_warps: int, num_stages: int, *, has_dot: bool,
+) -> CompileCase:  # fmt: skip
+    signature = dict.fromkeys((argument for argument in kernel.arg_names if argument not in constexprs), "i32")
+    signature |= {argument: "*fp32" for argument in signature if argument.endswith("_ptr")}
+    signature |= dict.fromkeys(low_precision, POINTERS[dtype])
+    return CompileCase(
+        name=f"reconstruction_loss {name}, {str(dtype).removeprefix('torch.')}",
+        kernel=kernel,
+        signature=signature,
+        constexprs=constexprs,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        dtype=dtype,
+        has_dot=has_dot,
+    )
