@@ -17,7 +17,8 @@ from torch import Tensor
 
 def generator_for(*numbers: int) -> torch.Generator:
     """A CPU generator with a seed of its own for each tuple of ``numbers``, such as (seed, epoch, step)."""
-    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    # The length goes in because a SeedSequence takes (1,) and (1, 0) for the same.
+    seed = int(np.random.SeedSequence((len(numbers), *numbers)).generate_state(1, np.uint64)[0])
     return torch.Generator().manual_seed(seed >> 1)
 
 

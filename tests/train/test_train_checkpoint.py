@@ -1,0 +1,151 @@
+"""Saving survives a crash at any point; loading never runs code."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import random
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fastlocal.train import checkpoint
+from fastlocal.train.config import UserError
+
+
+def _content(mark: int) -> dict[str, Any]:
+    weights = torch.randn(3000, generator=torch.Generator().manual_seed(mark))
+    return {"mark": mark, "weights": {"a": weights, "b": weights.view(50, 60) * 2}, "notes": ["x", 1.5, None]}
+
+
+def test_a_saved_tree_loads_back(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "last.pt", _content(1))
+    loaded = checkpoint.load(tmp_path / "last.pt")
+    assert loaded["mark"] == 1
+    assert loaded["notes"] == ["x", 1.5, None]
+    assert torch.equal(loaded["weights"]["b"], _content(1)["weights"]["b"])
+    assert os.listdir(tmp_path) == ["last.pt"]
+
+
+def _save_and_die(path: Path, at: int) -> None:
+    """In a forked child: save mark 2 and be killed at event ``at``, half-way through a write or before a system call."""
+    events = 0
+
+    def event(before_dying: Callable[[], object] = lambda: None) -> None:
+        nonlocal events
+        if events == at:
+            before_dying()
+            os.kill(os.getpid(), signal.SIGKILL)
+        events += 1
+
+    class Dying:
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def write(self, data: Any) -> int:
+            event(lambda: (self.file.write(bytes(data)[: len(data) // 2]), self.file.flush()))
+            return self.file.write(data)
+
+        def flush(self) -> None:
+            self.file.flush()
+
+    torch_save, fsync, replace = torch.save, os.fsync, os.replace
+    torch.save = lambda tree, file: torch_save(tree, Dying(file))  # type: ignore[assignment]
+    os.fsync = lambda descriptor: (event(), fsync(descriptor))  # type: ignore[assignment]
+    os.replace = lambda *names: (event(), replace(*names), event())  # type: ignore[assignment]
+    checkpoint.save(path, _content(2))
+    os._exit(0)
+
+
+def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    path = tmp_path / "last.pt"
+    marks, killed = [], True
+    while killed:
+        checkpoint.save(path, _content(1))
+        child = os.fork()
+        if child == 0:
+            try:
+                _save_and_die(path, at=len(marks))
+            finally:
+                os._exit(1)
+        status = os.waitpid(child, 0)[1]
+        killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+        assert killed or status == 0
+        loaded = checkpoint.load(path)
+        assert torch.equal(loaded["weights"]["a"], _content(loaded["mark"])["weights"]["a"])
+        marks.append(loaded["mark"])
+    # Old content up to the rename, the new one from there on; the last round ran to its end.
+    assert marks == sorted(marks)
+    assert marks.count(1) >= 10
+    assert marks.count(2) >= 3
+
+
+def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path / "last.pt", _content(1))
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match=r"last\.pt cannot be written: No space left on device"):
+        checkpoint.save(tmp_path / "last.pt", _content(2))
+    assert checkpoint.load(tmp_path / "last.pt")["mark"] == 1
+
+
+def test_truncated_files_are_named(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path / "whole.pt", _content(1))
+    whole = (tmp_path / "whole.pt").read_bytes()
+    for share in (0, 0.001, 0.1, 0.5, 0.9, 0.99, 0.999):
+        (tmp_path / "cut.pt").write_bytes(whole[: int(share * len(whole))])
+        with pytest.raises(UserError, match=r"cut\.pt .*(truncated|damaged)"):
+            checkpoint.load(tmp_path / "cut.pt")
+
+
+class _Malicious:
+    def __init__(self, flag: Path) -> None:
+        self.flag = flag
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.flag),))
+
+
+@pytest.mark.parametrize("form", ["torch zip", "torch legacy", "plain pickle"])
+def test_a_pickle_is_never_run(tmp_path: Path, form: str) -> None:
+    tree, path = {"format": checkpoint.FORMAT, "weights": _Malicious(tmp_path / "ran")}, tmp_path / "bad.pt"
+    if form == "plain pickle":
+        path.write_bytes(pickle.dumps(tree))
+    else:
+        torch.save(tree, path, _use_new_zipfile_serialization=form == "torch zip")
+    with pytest.raises(UserError, match=r"bad\.pt"):
+        checkpoint.load(path)
+    assert not (tmp_path / "ran").exists()
+    torch.load(path, weights_only=False) if form == "torch zip" else pickle.loads(pickle.dumps(tree))
+    assert (tmp_path / "ran").exists()  # the trap works where it is sprung
+
+
+def test_other_files_are_refused(tmp_path: Path) -> None:
+    torch.save({"weights": torch.ones(3)}, tmp_path / "other.pt")
+    with pytest.raises(UserError, match="not a fastlocal checkpoint"):
+        checkpoint.load(tmp_path / "other.pt")
+    with pytest.raises(UserError, match="no checkpoint at"):
+        checkpoint.load(tmp_path / "missing.pt")
+
+
+def test_random_state_comes_back_through_a_file(tmp_path: Path) -> None:
+    random.seed(3)
+    np.random.seed(3)
+    torch.manual_seed(3)
+    np.random.randn(), random.gauss(0, 1)  # both keep half of a pair in reserve
+    checkpoint.save(tmp_path / "random.pt", {"random": checkpoint.random_state()})
+
+    def draw() -> list[float]:
+        return [random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.rand(()).item()]
+
+    expected, others = draw(), draw()
+    checkpoint.restore_random_state(checkpoint.load(tmp_path / "random.pt")["random"])
+    assert draw() == expected != others

@@ -1,0 +1,125 @@
+"""Where a run's options come from, and what they may be."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from fastlocal.train.config import DATA, DECODERS, OBJECTIVES, RECIPES, TrainConfig, UserError, read_file, write_file
+
+
+def test_recipe_then_file_then_flags(tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text("lr: 3e-4\nbatch-size: 32\nmodel_kwargs: {depths: [1, 1, 1, 1]}\n")
+    config = TrainConfig.of(**{**read_file(tmp_path / "run.yaml"), "batch_size": "64"})
+    assert config.data == "digits"
+    assert config.epochs == RECIPES["digits"]["epochs"]  # the recipe
+    assert config.lr == 3e-4  # the file, where YAML reads 3e-4 as a text
+    assert config.batch_size == 64  # the flag
+    assert config.momentum == 0.9  # the default
+
+
+def test_model_kwargs_extend_the_recipe_of_its_own_model_only() -> None:
+    recipe = RECIPES["cifar10"]["model_kwargs"]
+    assert TrainConfig.of(data="cifar10", model_kwargs=["embed_dim=48"]).model_kwargs == {**recipe, "embed_dim": 48}
+    assert TrainConfig.of(data="cifar10", model="vit_tiny_patch16_224").model_kwargs == {}
+
+
+def test_flag_texts_become_values() -> None:
+    config = TrainConfig.of(
+        modules="2,4,6",
+        classification_weight="0.2,0.5,1",
+        model_kwargs=["img_size=32", "depths=2,2,2,2", "norm_layer=rmsnorm"],
+    )
+    assert config.modules == (2, 4, 6)
+    assert config.classification_weight == (0.2, 0.5, 1.0)
+    assert config.model_kwargs["depths"] == (2, 2, 2, 2)
+    assert config.model_kwargs["norm_layer"] == "rmsnorm"
+    assert TrainConfig.of(modules="stages").modules == "stages"
+    assert TrainConfig.of(modules="3").modules == 3
+
+
+@pytest.mark.parametrize("data", [*DATA[:-2], "folder:some/path", "synthetic"])
+def test_a_written_configuration_reads_back_equal(tmp_path: Path, data: str) -> None:
+    config = TrainConfig.of(data=data, modules=(1, 2), lr=1e-5, clip_grad=0.5, regularizer_weight=(0.5, 1.0))
+    write_file(config, tmp_path / "config.yaml")
+    assert TrainConfig.of(**read_file(tmp_path / "config.yaml")) == config
+
+
+def test_a_plain_configuration_loads_with_weights_only(tmp_path: Path) -> None:
+    config = TrainConfig.of(data="cifar10")
+    torch.save(config.to_dict(), tmp_path / "config.pt")
+    assert TrainConfig.of(**torch.load(tmp_path / "config.pt", weights_only=True)) == config
+
+
+def test_warmup_is_a_tenth_of_the_run_unless_given() -> None:
+    assert TrainConfig.of(data="synthetic", epochs=20).warmup_epochs == 2.0
+    assert TrainConfig.of(data="synthetic", epochs=300).warmup_epochs == 5.0
+    assert TrainConfig.of(data="synthetic", epochs=20, warmup_epochs=0).warmup_epochs == 0.0
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        ({"dat": "digits"}, "unknown option 'dat'; did you mean 'data'?"),
+        ({"data": "cifar"}, "did you mean 'cifar10'?"),
+        ({"data": "folder:"}, "--data folder: is not one of"),
+        ({"objective": "featur"}, "did you mean 'feature'?"),
+        ({"decoder": "transfomer"}, "did you mean 'transformer'?"),
+        ({"residency": "disk"}, "--residency disk is not one of all, optimizer, module"),
+        ({"epochs": "ten"}, "--epochs must be a whole number, got 'ten'."),
+        ({"epochs": 1.5}, "--epochs must be a whole number, got 1.5."),
+        ({"epochs": 0}, "--epochs must be at least 1, got 0."),
+        ({"lr": "-1"}, "--lr must be above 0, got -1.0."),
+        ({"lr": "nan"}, "--lr must be above 0, got nan."),
+        ({"drop_path": 1}, "--drop-path must be below 1, got 1.0."),
+        ({"amp": "yes"}, "--amp must be true or false, got 'yes'."),
+        ({"modules": "two"}, "--modules must be a number of modules, 'stages', or cut points"),
+        ({"model_kwargs": ["img_size"]}, "--model-kwargs must be name=value pairs"),
+        ({"batch_size": None}, "--batch-size must be a whole number, got None."),
+        ({"mixup": 0.8, "batch_size": 33}, "--batch-size must be even for --mixup and --cutmix, got 33."),
+        ({"epochs": 2, "warmup_epochs": 3}, "--warmup-epochs must be at most --epochs, 2; got 3.0."),
+    ],
+)
+def test_a_wrong_value_is_told_in_one_sentence(given: dict[str, Any], sentence: str) -> None:
+    with pytest.raises(UserError) as mistake:
+        TrainConfig.of(**given)
+    assert sentence in str(mistake.value)
+    assert "\n" not in str(mistake.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [("- 1\n", "must hold a mapping"), ("a: [1\n", "is not valid YAML or JSON"), (None, "cannot be read")],
+)
+def test_a_wrong_file_is_told_in_one_sentence(tmp_path: Path, content: str | None, sentence: str) -> None:
+    if content is not None:
+        (tmp_path / "run.yaml").write_text(content)
+    with pytest.raises(UserError, match=sentence):
+        read_file(tmp_path / "run.yaml")
+
+
+def test_choices_are_the_engines() -> None:
+    from fastlocal import decoders, kernels, module, objectives, residency
+
+    assert set(OBJECTIVES) == set(objectives.OBJECTIVES)
+    assert set(DECODERS) == set(decoders.DECODERS)
+    choices = {name: set(option.metadata["choices"]) for name, option in TrainConfig.__dataclass_fields__.items()}
+    assert choices["kernels"] == set(kernels.dispatch.CHOICES)
+    assert choices["recompute"] == set(get_args(module.Recompute))
+    assert choices["residency"] == set(get_args(residency.Keep))
+    assert choices["reconstruction"] == set(get_args(decoders.Kind))
+
+
+@pytest.mark.parametrize(("data", "size"), [("cifar10", 32), ("fashion-mnist", 28), ("stl10", 96), ("digits", 8)])
+def test_every_recipe_takes_a_step(data: str, size: int) -> None:
+    from fastlocal.train.build import build_model, build_trainer
+
+    config = TrainConfig.of(data=data)
+    images = torch.randint(256, (2, 3, size, size), dtype=torch.uint8)
+    trainer = build_trainer(config, build_model(config, 10, size), torch.device("cpu"), ((0.5,) * 3, (0.25,) * 3))
+    metrics = trainer.step(images, torch.tensor([3, 7]))
+    assert metrics.loss.shape == (4,)
+    assert metrics.loss.isfinite().all()

@@ -1,0 +1,276 @@
+"""Readers: the embedded digits, torchvision's file formats, image folders."""
+
+from __future__ import annotations
+
+import gzip
+import pickle
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastlocal.train.config import TrainConfig, UserError
+from fastlocal.train.data import FileSplit, MemorySplit, Split, check_same_classes, read, training_indices
+
+
+def _read(name: Any = "train", model_size: int = 80, **options: Any) -> Split:
+    return read(TrainConfig.of(**options), name, model_size)
+
+
+def _memory(*arguments: Any, **options: Any) -> MemorySplit:
+    split = _read(*arguments, **options)
+    assert isinstance(split, MemorySplit)
+    return split
+
+
+# The embedded digits
+
+
+def test_digits_are_split_once_and_for_all_by_class() -> None:
+    train, validation = _memory("train", seed=1), _memory("validation", seed=2)
+    assert (len(train), len(validation)) == (1437, 360)
+    assert train.images.dtype == torch.uint8
+    assert (train.images.min(), train.images.max()) == (0, 255)
+    assert 32 <= torch.bincount(validation.labels).min() <= torch.bincount(validation.labels).max() <= 38
+    again = _memory("train", seed=7)
+    assert torch.equal(train.images, again.images)
+    from sklearn.datasets import load_digits
+
+    everything = np.concatenate([train.images[:, 0].numpy(), validation.images[:, 0].numpy()]).reshape(1797, -1)
+    expected = np.round(load_digits().data * 255 / 16)
+    assert np.array_equal(np.unique(everything, axis=0), np.unique(expected, axis=0))
+
+
+def test_normalization_is_that_of_the_pixels() -> None:
+    split = _memory("train", train_limit=100)
+    mean, std = split.mean_and_std()
+    pixels = split.images.double().div(255).transpose(0, 1).flatten(1)
+    assert torch.allclose(torch.tensor(mean, dtype=torch.float64), pixels.mean(1))
+    assert torch.allclose(torch.tensor(std, dtype=torch.float64), pixels.std(1, unbiased=False))
+
+
+def test_limits_take_the_same_random_subset_whatever_the_seed() -> None:
+    one, other = _memory("train", train_limit=50, seed=1), _memory("train", train_limit=50, seed=2)
+    assert len(one) == 50
+    assert torch.equal(one.images, other.images)
+    assert not torch.equal(one.images, _memory("train").images[:50])
+    assert len(_read("validation", val_limit=7)) == 7
+    assert len(_read("validation", val_limit=10**6)) == 360
+
+
+def test_synthetic_images_are_noise() -> None:
+    split = _memory("train", data="synthetic", train_limit=20, model_size=16)
+    assert split.images.shape == (20, 3, 16, 16)
+    assert split.images.float().std() > 60
+    assert split.labels.unique().numel() > 3
+
+
+def test_order_covers_every_image_and_changes_with_the_epoch() -> None:
+    batches = training_indices(40, 8, seed=1, epoch=0)
+    assert sorted(torch.cat(batches).tolist()) == list(range(40))
+    assert [batch.tolist() for batch in batches] == [batch.tolist() for batch in training_indices(40, 8, 1, 0)]
+    assert torch.cat(batches).tolist() != torch.cat(training_indices(40, 8, 1, 1)).tolist()
+    assert [len(batch) for batch in training_indices(43, 8, 1, 0)] == [8] * 5  # only full batches
+    assert [len(batch) for batch in training_indices(5, 8, 1, 0)] == [5]
+
+
+def test_images_of_another_size_are_resized() -> None:
+    split = _memory("train", train_limit=4, model_kwargs={"img_size": 16})
+    images, _ = next(split.batches([torch.arange(4)], None))
+    assert images.shape == (4, 3, 16, 16)
+    assert images.dtype == torch.uint8
+    assert split.image_size == 16
+
+
+# torchvision's formats, in tiny files
+
+
+@pytest.fixture
+def no_checksums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchvision checks the MD5 of its files, which ours cannot have; that they exist is still checked."""
+    from torchvision.datasets import cifar, stl10, svhn
+
+    for module in (cifar, stl10, svhn):
+        monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: Path(path).is_file())
+
+
+def _some_images(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(count + size)
+    return generator.integers(0, 256, (count, 3, size, size), dtype=np.uint8), generator.integers(0, 10, count)
+
+
+def _write_cifar(root: Path, kind: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    ten = kind == "cifar10"
+    folder = root / ("cifar-10-batches-py" if ten else "cifar-100-python")
+    folder.mkdir()
+    training, test = ([f"data_batch_{i}" for i in range(1, 6)], "test_batch") if ten else (["train"], "test")
+    written = {}
+    for index, name in enumerate([*training, test]):
+        images, labels = _some_images(4 + index, 32)
+        entry = {"data": images.reshape(len(images), -1), ("labels" if ten else "fine_labels"): labels.tolist()}
+        (folder / name).write_bytes(pickle.dumps(entry))
+        written[name] = (images, labels)
+    key, meta = ("label_names", "batches.meta") if ten else ("fine_label_names", "meta")
+    names = [f"class {i}" for i in range(10 if ten else 100)]
+    (folder / meta).write_bytes(pickle.dumps({key: names}))
+    joined = tuple(np.concatenate([written[name][part] for name in training]) for part in (0, 1))
+    return {"train": (joined[0], joined[1]), "validation": written[test]}
+
+
+def _write_stl10(root: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    folder = root / "stl10_binary"
+    folder.mkdir()
+    written = {}
+    for split, name in (("train", "train"), ("validation", "test")):
+        images, labels = _some_images(3, 96)
+        images.transpose(0, 1, 3, 2).tofile(folder / f"{name}_X.bin")  # column-major pixels
+        (labels + 1).astype(np.uint8).tofile(folder / f"{name}_y.bin")
+        written[split] = (images, labels)
+    (folder / "class_names.txt").write_text("\n".join(f"class {i}" for i in range(10)))
+    for name in ("unlabeled_X.bin", "fold_indices.txt"):
+        (folder / name).touch()
+    return written
+
+
+def _write_svhn(root: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    from scipy.io import savemat
+
+    written = {}
+    for split, name, count in (("train", "train", 5), ("validation", "test", 3)):
+        images, labels = _some_images(count, 32)
+        stored = np.where(labels == 0, 10, labels)[:, None]
+        savemat(root / f"{name}_32x32.mat", {"X": images.transpose(2, 3, 1, 0), "y": stored.astype(np.uint8)})
+        written[split] = (images, labels)
+    return written
+
+
+def _write_fashion_mnist(root: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    folder = root / "FashionMNIST" / "raw"
+    folder.mkdir(parents=True)
+    written = {}
+    for split, name, count in (("train", "train", 5), ("validation", "t10k", 3)):
+        images, labels = _some_images(count, 28)
+        grey = images[:, 0]
+        for kind, header, content in (
+            ("images-idx3", struct.pack(">IIII", 0x803, count, 28, 28), grey),
+            ("labels-idx1", struct.pack(">II", 0x801, count), labels.astype(np.uint8)),
+        ):
+            data = header + content.tobytes()
+            (folder / f"{name}-{kind}-ubyte").write_bytes(data)
+            (folder / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(data))
+        written[split] = (np.repeat(grey[:, None], 3, axis=1), labels)
+    return written
+
+
+WRITERS: dict[str, Callable[[Path], dict[str, tuple[np.ndarray, np.ndarray]]]] = {
+    "cifar10": lambda root: _write_cifar(root, "cifar10"),
+    "cifar100": lambda root: _write_cifar(root, "cifar100"),
+    "stl10": _write_stl10,
+    "svhn": _write_svhn,
+    "fashion-mnist": _write_fashion_mnist,
+}
+
+
+@pytest.mark.parametrize("data", WRITERS)
+@pytest.mark.usefixtures("no_checksums")
+def test_torchvision_formats_are_read_pixel_by_pixel(tmp_path: Path, data: str) -> None:
+    for name, (images, labels) in WRITERS[data](tmp_path).items():
+        split = _memory(name, data=data, data_dir=str(tmp_path))
+        assert np.array_equal(split.images.numpy(), images)
+        assert np.array_equal(split.labels.numpy(), labels)
+        assert len(split.classes) == (100 if data == "cifar100" else 10)
+        assert split.image_size == images.shape[-1]
+
+
+@pytest.mark.parametrize("data", WRITERS)
+def test_a_missing_data_set_says_which_flag_to_add(tmp_path: Path, data: str) -> None:
+    with pytest.raises(UserError, match=r"--download .*--data-dir"):
+        _read(data=data, data_dir=str(tmp_path))
+
+
+def test_a_failed_download_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torchvision.datasets import svhn
+
+    def offline(*_: object) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(svhn, "download_url", offline)
+    with pytest.raises(UserError, match=r"could not be downloaded .* no route to host"):
+        _read(data="svhn", data_dir=str(tmp_path), download=True)
+
+
+# Image folders
+
+
+def _write_folder(root: Path, size: int, classes: tuple[str, ...] = ("cat", "dog")) -> dict[str, np.ndarray]:
+    written = {}
+    for split, count in (("train", 5), ("val", 2)):
+        for position, name in enumerate(classes):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                pixels = np.random.default_rng(100 * position + i).integers(0, 256, (size, size, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(folder / f"{i}.png")
+                written[f"{split}/{name}/{i}"] = pixels
+    return written
+
+
+def test_a_folder_of_small_images_is_read_into_memory(tmp_path: Path) -> None:
+    written = _write_folder(tmp_path, 20)
+    split = _memory("train", data=f"folder:{tmp_path}")
+    assert split.classes == ("cat", "dog")
+    assert split.labels.tolist() == [0] * 5 + [1] * 5
+    assert np.array_equal(split.images[7].permute(1, 2, 0).numpy(), written["train/dog/2"])
+    assert split.image_size == 20
+
+
+def test_a_folder_of_large_images_gives_the_same_batches_for_any_workers_and_start(tmp_path: Path) -> None:
+    _write_folder(tmp_path, 100)
+    order = training_indices(10, 3, seed=5, epoch=1)
+
+    def batches(workers: int, start: int, epoch: int | None = 1) -> list[torch.Tensor]:
+        split = _read("train", data=f"folder:{tmp_path}", workers=workers)
+        assert isinstance(split, FileSplit)
+        return [images for images, _ in split.batches(order[start:], epoch)]
+
+    before = torch.get_rng_state()
+    alone, helped = batches(0, 0), batches(2, 1)
+    assert torch.equal(torch.get_rng_state(), before)  # the run's own random numbers are left alone
+    assert alone[0].shape == (3, 3, 80, 80)
+    assert all(torch.equal(a, b) for a, b in zip(alone[1:], helped, strict=True))
+    assert not torch.equal(alone[0], batches(0, 0, epoch=2)[0])
+    assert torch.equal(batches(0, 0, epoch=None)[0], batches(0, 0, epoch=None)[0])
+
+
+@pytest.mark.parametrize(("size", "workers"), [(20, 0), (100, 0), (100, 1)])
+def test_a_broken_file_is_named(tmp_path: Path, size: int, workers: int) -> None:
+    _write_folder(tmp_path, size)
+    broken = tmp_path / "train" / "dog" / "3.png"
+    broken.write_bytes(broken.read_bytes()[:200])
+    with pytest.raises(UserError, match=r"train/dog/3\.png cannot be read") as mistake:
+        list(_read("train", data=f"folder:{tmp_path}", workers=workers).batches([torch.arange(10)], 0))
+    assert "\n" not in str(mistake.value)
+
+
+def test_an_unusable_folder_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"must hold train/CLASS/\* and val/CLASS/\*"):
+        _read("train", data=f"folder:{tmp_path}")
+    (tmp_path / "train").mkdir()
+    with pytest.raises(UserError, match="is not usable: Couldn't find any class folder"):
+        _read("train", data=f"folder:{tmp_path}")
+    (tmp_path / "train" / "cat").mkdir()
+    with pytest.raises(UserError, match="is not usable: Found no valid file for the classes cat"):
+        _read("train", data=f"folder:{tmp_path}")
+
+
+def test_other_classes_are_refused() -> None:
+    check_same_classes(["a", "b"], ("a", "b"), "x")
+    with pytest.raises(UserError, match="outside the model's 2 classes: class 'c' is none of them"):
+        check_same_classes(["a", "b"], ("a", "b", "c"), "x")
+    with pytest.raises(UserError, match="x has 1 of them"):
+        check_same_classes(["a", "b"], ("a",), "x")
