@@ -33,7 +33,7 @@ def test_a_saved_tree_loads_back(tmp_path: Path) -> None:
 
 
 def _save_and_die(path: Path, at: int) -> None:
-    """In a forked child: save mark 2 and be killed at event ``at``, half-way through a write or before a system call."""
+    """In a forked child: save mark 2 and be killed at event ``at``: in the middle of a write, or at a system call."""
     events = 0
 
     def event(before_dying: Callable[[], object] = lambda: None) -> None:

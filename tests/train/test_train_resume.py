@@ -1,0 +1,160 @@
+"""A run that was broken off and resumed ends bit for bit where it would have ended without the break (CPU)."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+import fastlocal
+from fastlocal.train import loop
+from fastlocal.train.config import TrainConfig, UserError
+
+Options = Callable[..., dict[str, Any]]
+TIMES = ("images_per_second", "seconds", "peak_memory_bytes")
+
+
+def _assert_same(one: Any, other: Any, path: str = "") -> None:
+    assert type(one) is type(other), path
+    if isinstance(one, torch.Tensor):
+        assert one.dtype == other.dtype, path
+        assert torch.equal(one, other), path
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key in one:
+            _assert_same(one[key], other[key], f"{path}/{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), path
+        for index, (a, b) in enumerate(zip(one, other, strict=True)):
+            _assert_same(a, b, f"{path}/{index}")
+    else:
+        assert one == other, path
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    """Everything a run leaves, less its times and its own name."""
+    left: dict[str, Any] = {"model": safetensors.torch.load_file(folder / "model.safetensors")}
+    for name in ("last.pt", "best.pt"):
+        saved = torch.load(folder / name, weights_only=True)
+        del saved["config"]["experiment"], saved["config"]["recovery_interval"]
+        del saved["progress"]["seconds"]
+        left[name] = saved
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    left["rows"] = [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
+    return left
+
+
+def _interrupt(monkeypatch: pytest.MonkeyPatch, method: str, call: int, action: Callable[[], Any]) -> None:
+    """Run ``action`` in the middle of the ``call``-th call of a LocalTrainer's ``method``."""
+    real, calls = getattr(fastlocal.LocalTrainer, method), 0
+
+    def counted(self: Any, *arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == call:
+            action()
+        return real(self, *arguments, **options)
+
+    monkeypatch.setattr(fastlocal.LocalTrainer, method, counted)
+
+
+def _press_ctrl_c() -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+
+
+SWIN = {"patch_size": 1, "window_size": 4, "embed_dim": 8, "depths": (1, 1, 1, 1), "num_heads": (1, 1, 2, 2)}
+SETUPS: dict[str, dict[str, Any]] = {
+    # Between them: every objective's heads, both drop-path and mixup draws, EMA, scaler, parts, schedules, optimizers.
+    "feature": {"model": "swin_tiny_patch4_window7_224", "model_kwargs": SWIN, "drop_path": 0.3, "mixup": 0.8},
+    "image": {"objective": "image", "decoder": "conv", "cutmix": 1.0, "mixup": 0.8, "model_ema": True, "cutout": 2},
+    "transport": {"objective": "transport", "modules": 2, "opt": "sgd", "sched": "poly", "micro_batch": 5},
+    "end-to-end": {
+        "objective": "end-to-end",
+        "amp": True,
+        "amp_dtype": "float16",
+        "recompute": "block",
+        "drop_path": 0.2,
+    },
+    "cross-entropy": {"objective": "cross-entropy", "residency": "module", "normalize_target": True, "lookahead": 1},
+}
+
+
+@pytest.mark.parametrize("setup", SETUPS)
+def test_ctrl_c_and_resume_equals_running_straight(setup: str, tiny: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = loop.run(TrainConfig.of(**tiny(**SETUPS[setup], experiment="straight")))
+    with monkeypatch.context() as patch:
+        _interrupt(patch, "step", 6, _press_ctrl_c)  # the second step of epoch 2, which is finished first
+        broken = loop.run(TrainConfig.of(**tiny(**SETUPS[setup], experiment="broken")))
+    assert broken.interrupted
+    assert torch.load(broken.folder / "last.pt", weights_only=True)["progress"]["position"] == 2
+    resumed = loop.resume(broken.folder)
+    assert not resumed.interrupted
+    assert resumed.accuracy == straight.accuracy
+    _assert_same(_result(resumed.folder), _result(straight.folder))
+
+
+def test_a_run_that_was_killed_goes_on_from_its_last_save(tiny: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    class KilledError(BaseException):
+        pass
+
+    def kill() -> None:
+        raise KilledError
+
+    straight = loop.run(TrainConfig.of(**tiny(epochs=3, experiment="straight")))
+    folder = straight.folder.parent / "killed"
+    for method, call, place in (("step", 1, (0, 0)), ("step", 4, (0, 2)), ("step", 5, (1, 2)), ("predict", 2, (1, 4))):
+        with monkeypatch.context() as patch:
+            _interrupt(patch, method, call, kill)
+            fresh = TrainConfig.of(**tiny(epochs=3, experiment="killed", recovery_interval=2))
+            with pytest.raises(KilledError):
+                loop.resume(folder) if folder.exists() else loop.run(fresh)
+        progress = torch.load(folder / "last.pt", weights_only=True)["progress"]
+        assert (progress["epoch"], progress["position"]) == place
+        with (folder / "metrics.jsonl").open("a") as rows:
+            rows.write('{"epoch": 99, "torn')  # a row whose epoch was not saved
+    loop.resume(folder)
+    _assert_same(_result(folder), _result(straight.folder))
+
+
+def test_ctrl_c_while_validating_validates_on_resume(tiny: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = loop.run(TrainConfig.of(**tiny(epochs=1, experiment="straight")))
+    with monkeypatch.context() as patch:
+        _interrupt(patch, "predict", 1, _press_ctrl_c)
+        broken = loop.run(TrainConfig.of(**tiny(epochs=1, experiment="broken")))
+    assert broken.interrupted
+    assert not (broken.folder / "metrics.jsonl").exists()
+    loop.resume(broken.folder)
+    _assert_same(_result(broken.folder), _result(straight.folder))
+
+
+def test_only_what_the_result_does_not_hang_on_can_change(tiny: Options) -> None:
+    folder = loop.run(TrainConfig.of(**tiny(epochs=1))).folder
+    with pytest.raises(UserError, match="--lr cannot change on --resume"):
+        loop.resume(folder, lr=1.0)
+    assert loop.resume(folder, log_interval=7, epochs=1).epochs == 1  # finished already
+
+
+def test_other_training_images_are_refused(tiny: Options) -> None:
+    folder = loop.run(TrainConfig.of(**tiny(epochs=1))).folder
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    torch.save({**saved, "training_images": 63}, folder / "last.pt")
+    with pytest.raises(UserError, match="has 64 training images now, and had 63"):
+        loop.resume(folder)
+
+
+def test_a_second_ctrl_c_ends_at_once(tiny: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    def twice() -> None:
+        _press_ctrl_c()
+        _press_ctrl_c()
+
+    _interrupt(monkeypatch, "step", 2, twice)
+    with pytest.raises(KeyboardInterrupt):
+        loop.run(TrainConfig.of(**tiny()))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
