@@ -1,0 +1,314 @@
+"""Shifted-window attention with relative position bias, straight from and to the un-partitioned grid.
+
+Roll, partition, mask, bias, softmax and their reverse are one op that reads qkv once and writes the output once; the
+backward saves nothing but its inputs. Reads from the public function down to the PyTorch reference; the Triton kernels
+are in `window_attention_triton`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from fastlocal.kernels import dispatch
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+MAXIMUM_WINDOW_TOKENS = 256  # a whole row of scores has to fit in a program's registers
+MAXIMUM_HEAD_DIM = 128
+MASKED = -100.0  # added, as timm does, between tokens that only the cyclic shift brought together
+
+
+def window_attention(
+    qkv: Tensor,
+    bias_table: Tensor,
+    *,
+    num_heads: int,
+    window_size: int | tuple[int, int],
+    shift: int | tuple[int, int],
+    scale: float | None = None,
+) -> Tensor:
+    """``softmax(scale · q kᵀ + bias + mask) v`` within each window of the grid rolled by ``-shift``, rolled back.
+
+    Equal to timm's ``SwinTransformerBlock._attn`` between its qkv and its output projection. Swin-V2's cosine attention
+    is the same op on a qkv whose q and k are normalized, with the logit scale in q and ``scale=1``.
+
+    Args:
+        qkv: [B, H, W, 3C], the qkv projection of the un-partitioned, un-shifted grid: q, k, v one after the other, each
+            ``num_heads`` × (C / num_heads). float16, bfloat16, float32 or float64, any strides (other than contiguous
+            costs a copy); at most 128 channels per head; fewer than 2**31 elements per image, any number in the batch.
+            Under autocast it is cast to autocast's dtype. Softmax and sums are float32; float64 always runs the PyTorch
+            reference, and in float64.
+        bias_table: [(2h − 1)(2w − 1), num_heads] for windows of h × w, any of these dtypes: entry
+            ``(row_q − row_k + h − 1)(2w − 1) + column_q − column_k + w − 1`` is added to the scaled score of q and k.
+            Its gradient is summed in float32, in a fixed order, and rounded once.
+        window_size: side of the windows, or (h, w), at most 256 tokens. H and W must be multiples of it: where timm
+            pads, pad the grid *before* the qkv projection, as `accelerate` does, so that pad tokens carry its bias.
+        shift: of the grid before partition, or (rows, columns), 0 ≤ shift < window_size. Scores between tokens that the
+            shift brought together over an edge get −100, as in timm.
+        scale: default ``(C / num_heads) ** -0.5``.
+
+    Returns:
+        [B, H, W, C], contiguous, in the dtype of qkv. Differentiable once.
+
+    Source: Liu et al., "Swin Transformer" (arXiv 2103.14030).
+
+    Raises:
+        ValueError: an argument's shape, dtype or device is not one of the above.
+        RuntimeError: kernels="triton" was asked for and cannot run here.
+    """
+    window_h, window_w = _pair("window_size", window_size)
+    shift_h, shift_w = _pair("shift", shift)
+    _check(qkv, bias_table, num_heads, (window_h, window_w), (shift_h, shift_w))
+    if scale is None:
+        scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
+    # The autocast rule. Not torch.library's: that would also cast the table, and round its gradient's sum with it.
+    if torch.is_autocast_enabled(qkv.device.type) and qkv.dtype != torch.float64:
+        qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
+    return _forward(qkv, bias_table, num_heads, window_h, window_w, shift_h, shift_w, scale)
+
+
+def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
+    pair = (value, value) if isinstance(value, int) else tuple(value)
+    if len(pair) != 2 or not all(isinstance(side, int) for side in pair):
+        raise ValueError(f"{name} must be an integer or a pair of them, got {value!r}.")
+    return pair[0], pair[1]
+
+
+def _check(qkv: Tensor, bias_table: Tensor, num_heads: int, window: tuple[int, int], shift: tuple[int, int]) -> None:
+    if qkv.ndim != 4 or qkv.numel() == 0:
+        raise ValueError(f"qkv must be [B, H, W, 3C] with no empty dimension, got {list(qkv.shape)}.")
+    if qkv.dtype not in DTYPES:
+        raise ValueError(f"qkv must be float16, bfloat16, float32 or float64, got {qkv.dtype}.")
+    _, height, width, channels = qkv.shape
+    if num_heads < 1 or channels % (3 * num_heads) or channels // (3 * num_heads) > MAXIMUM_HEAD_DIM:
+        raise ValueError(
+            f"num_heads must divide qkv's last dimension 3C = {channels} into q, k and v of at most {MAXIMUM_HEAD_DIM} "
+            f"channels per head, got {num_heads}."
+        )
+    if min(window) < 1 or window[0] * window[1] > MAXIMUM_WINDOW_TOKENS:
+        raise ValueError(f"window_size must have 1 to {MAXIMUM_WINDOW_TOKENS} tokens, got {window[0]} × {window[1]}.")
+    if height % window[0] or width % window[1]:
+        raise ValueError(
+            f"qkv's grid must be a multiple of window_size = {window[0]} × {window[1]}, got {height} × {width}; pad "
+            "the tokens before their qkv projection."
+        )
+    if not all(0 <= by < side for by, side in zip(shift, window, strict=True)):
+        raise ValueError(f"shift must be from 0 to less than window_size = {window}, got {shift}.")
+    if height * width * channels >= 2**31:
+        raise ValueError(f"qkv must have fewer than 2**31 elements per image, got {height} × {width} × {channels}.")
+    expected = [(2 * window[0] - 1) * (2 * window[1] - 1), num_heads]
+    if list(bias_table.shape) != expected:
+        raise ValueError(
+            f"bias_table must be [(2h − 1)(2w − 1), num_heads] = {expected}, got {list(bias_table.shape)}."
+        )
+    if bias_table.dtype not in DTYPES:
+        raise ValueError(f"bias_table must be float16, bfloat16, float32 or float64, got {bias_table.dtype}.")
+    if bias_table.device != qkv.device:
+        raise ValueError(f"bias_table must be on qkv's device, {qkv.device}, got {bias_table.device}.")
+
+
+# --- Registration -----------------------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("fastlocal::window_attention", mutates_args=())
+def _forward(
+    qkv: Tensor,
+    bias_table: Tensor,
+    num_heads: int,
+    window_h: int,
+    window_w: int,
+    shift_h: int,
+    shift_w: int,
+    scale: float,
+) -> Tensor:
+    window, shift = (window_h, window_w), (shift_h, shift_w)
+    if _implementation(qkv) == "triton":
+        from fastlocal.kernels import window_attention_triton
+
+        return window_attention_triton.forward(qkv, bias_table, num_heads, window, shift, scale)
+    with torch.autocast(qkv.device.type, enabled=False):
+        return _reference(qkv, bias_table, num_heads, window, shift, scale)
+
+
+@_forward.register_fake
+def _(
+    qkv: Tensor,
+    bias_table: Tensor,
+    num_heads: int,
+    window_h: int,
+    window_w: int,
+    shift_h: int,
+    shift_w: int,
+    scale: float,
+) -> Tensor:
+    return qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
+
+
+@torch.library.custom_op("fastlocal::window_attention_backward", mutates_args=())
+def _backward(
+    d_out: Tensor,
+    qkv: Tensor,
+    bias_table: Tensor,
+    num_heads: int,
+    window_h: int,
+    window_w: int,
+    shift_h: int,
+    shift_w: int,
+    scale: float,
+    needs_table: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of qkv and bias_table; the second is empty unless needed."""
+    window, shift = (window_h, window_w), (shift_h, shift_w)
+    if _implementation(qkv) == "triton":
+        from fastlocal.kernels import window_attention_triton
+
+        return window_attention_triton.backward(d_out, qkv, bias_table, num_heads, window, shift, scale, needs_table)
+    with torch.autocast(qkv.device.type, enabled=False):
+        return _reference_backward(d_out, qkv, bias_table, num_heads, window, shift, scale, needs_table)
+
+
+@_backward.register_fake
+def _(
+    d_out: Tensor,
+    qkv: Tensor,
+    bias_table: Tensor,
+    num_heads: int,
+    window_h: int,
+    window_w: int,
+    shift_h: int,
+    shift_w: int,
+    scale: float,
+    needs_table: bool,
+) -> tuple[Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), bias_table.new_empty(bias_table.shape if needs_table else 0)
+
+
+def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:  # type: ignore[no-untyped-def]
+    qkv, bias_table, *ctx.geometry = inputs
+    ctx.save_for_backward(qkv, bias_table)
+
+
+def _autograd(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    needs_qkv, needs_table = ctx.needs_input_grad[:2]
+    d_qkv, d_table = _backward(d_out, *ctx.saved_tensors, *ctx.geometry, needs_table)
+    return d_qkv if needs_qkv else None, d_table if needs_table else None, *([None] * len(ctx.geometry))
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+# Counted as torch counts scaled_dot_product_attention: two products forward, five backward.
+@register_flop_formula(torch.ops.fastlocal.window_attention)
+def _forward_flops(
+    qkv: torch.Size, bias_table: torch.Size, num_heads: int, window_h: int, window_w: int, *args: object, **_: object
+) -> int:
+    return 4 * qkv.numel() // 3 * window_h * window_w
+
+
+@register_flop_formula(torch.ops.fastlocal.window_attention_backward)
+def _backward_flops(d_out: torch.Size, *args: torch.Size, **_: object) -> int:
+    return _forward_flops(*args) * 5 // 2  # type: ignore[arg-type]
+
+
+def _implementation(qkv: Tensor) -> str:
+    if qkv.dtype == torch.float64:
+        return "reference"
+    return dispatch.implementation(qkv.device)
+
+
+# --- Reference --------------------------------------------------------------------------------------------------------
+
+
+def _reference(
+    qkv: Tensor, bias_table: Tensor, num_heads: int, window: tuple[int, int], shift: tuple[int, int], scale: float
+) -> Tensor:
+    q, k, v = _partition(qkv, window, shift, 3 * num_heads).chunk(3, dim=2)
+    p = _probabilities(q, k, bias_table, qkv.shape[1:3], window, shift, scale)
+    return _reverse(p.to(v.dtype) @ v, window, shift, qkv.shape[1:3])
+
+
+def _reference_backward(
+    d_out: Tensor,
+    qkv: Tensor,
+    bias_table: Tensor,
+    num_heads: int,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    scale: float,
+    needs_table: bool,
+) -> tuple[Tensor, Tensor]:
+    grid = qkv.shape[1:3]
+    q, k, v = _partition(qkv, window, shift, 3 * num_heads).chunk(3, dim=2)
+    d_mixed = _partition(d_out, window, shift, num_heads)
+    p = _probabilities(q, k, bias_table, grid, window, shift, scale)
+    d_v = p.to(v.dtype).mT @ d_mixed
+    d_p = (d_mixed @ v.mT).to(p.dtype)
+    d_scores = p * (d_p - (p * d_p).sum(-1, keepdim=True))
+    d_bias_table = bias_table.new_empty(0)
+    if needs_table:
+        d_bias_table = _sum_by_relative_position(d_scores.sum((0, 1)), window).to(bias_table.dtype)
+    d_scores = (d_scores * scale).to(q.dtype)
+    return _reverse(torch.cat([d_scores @ k, d_scores.mT @ q, d_v], 2), window, shift, grid), d_bias_table
+
+
+def _probabilities(
+    q: Tensor,
+    k: Tensor,
+    bias_table: Tensor,
+    grid: torch.Size,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    scale: float,
+) -> Tensor:
+    """[B, windows, heads, tokens, tokens], in float32 at least."""
+    scores = ((q * scale) @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
+    scores += bias_table[_relative_position(window, q.device)].permute(2, 0, 1)
+    if any(shift):
+        sides = _sides(grid, window, shift, q.device)
+        scores += MASKED * (sides[:, None, :, None] != sides[:, None, None, :])
+    return scores.softmax(-1)
+
+
+def _partition(x: Tensor, window: tuple[int, int], shift: tuple[int, int], heads: int) -> Tensor:
+    """[B, H, W, heads · D] -> [B, windows, heads, tokens, D] of the shifted grid."""
+    (height, width), (down, across) = window, (x.shape[1] // window[0], x.shape[2] // window[1])
+    x = x.roll((-shift[0], -shift[1]), (1, 2)).unflatten(3, (heads, -1))
+    x = x.unflatten(2, (across, width)).unflatten(1, (down, height))  # B, down, height, across, width, heads, D
+    return x.permute(0, 1, 3, 5, 2, 4, 6).flatten(4, 5).flatten(1, 2)
+
+
+def _reverse(x: Tensor, window: tuple[int, int], shift: tuple[int, int], grid: torch.Size) -> Tensor:
+    """The inverse of `_partition`, contiguous."""
+    down, across = grid[0] // window[0], grid[1] // window[1]
+    x = x.unflatten(3, window).unflatten(1, (down, across))  # B, down, across, heads, height, width, D
+    x = x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5, 6).flatten(3, 4).flatten(1, 2)
+    return x.roll(shift, (1, 2))
+
+
+def _relative_position(window: tuple[int, int], device: torch.device) -> Tensor:
+    """[tokens, tokens]: the entry of the bias table for each pair of query and key."""
+    token = torch.arange(window[0] * window[1], device=device)
+    row, column = token // window[1], token % window[1]
+    down, across = row[:, None] - row + window[0] - 1, column[:, None] - column + window[1] - 1
+    return down * (2 * window[1] - 1) + across
+
+
+def _sum_by_relative_position(d_bias: Tensor, window: tuple[int, int]) -> Tensor:
+    """[heads, tokens, tokens] -> [entries, heads]. By gathering: CUDA's index_add adds in any order."""
+    height, width = window
+    key = torch.arange(height * width, device=d_bias.device)
+    entry = torch.arange((2 * height - 1) * (2 * width - 1), device=d_bias.device)[:, None]
+    row = key // width + entry // (2 * width - 1) - (height - 1)
+    column = key % width + entry % (2 * width - 1) - (width - 1)
+    pair = (row >= 0) & (row < height) & (column >= 0) & (column < width)
+    query = (row * width + column) * pair
+    return (d_bias[:, query, key] * pair).sum(-1).T.contiguous()
+
+
+def _sides(grid: torch.Size, window: tuple[int, int], shift: tuple[int, int], device: torch.device) -> Tensor:
+    """[windows, tokens]: on which side of the shift's two seams each token of the shifted grid lies."""
+    below = torch.arange(grid[0], device=device) >= grid[0] - shift[0]
+    right = torch.arange(grid[1], device=device) >= grid[1] - shift[1]
+    sides = below[:, None] + 2 * right
+    return _partition(sides[None, :, :, None], window, (0, 0), 1)[0, :, 0, :, 0]

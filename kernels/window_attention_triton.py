@@ -1,0 +1,435 @@
+"""The Triton kernels of `fastlocal.kernels.window_attention`; imported when one is first asked for.
+
+One program owns one head (and, where a window has more than 64 tokens, one tile of its queries) and walks over a slice
+of the windows. It gathers the head's relative position bias once. For each window it loads q, k and v straight from the
+un-partitioned grid, and whole rows of scores live in registers, so nothing but the output is written.
+
+The backward recomputes the probabilities the same way. It also adds up dS over its slice of windows in registers and
+writes that partial sum once: the bias gradient is the ordered sum of the partials, without atomics.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlocal.kernels import dispatch
+
+TABLE_ENTRIES = 16  # per program of `_sum_by_relative_position`
+
+LOG2_E = tl.constexpr(1.4426950408889634)  # the softmax is computed with exp2, which the hardware has
+MASKED = tl.constexpr(-100.0)  # added between tokens that only the shift brought together, as timm does
+
+# --- Pieces. GRID, WINDOW and SHIFT are (height, width) pairs known at compile time: dividing is cheap. ---------
+
+
+@triton.jit
+def _dot(a, b, UPCAST: tl.constexpr):
+    """a @ b accumulated in fp32. The interpreter multiplies bf16 wrongly, so there the operands are upcast."""
+    if UPCAST:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, input_precision="ieee")
+
+
+@triton.jit
+def _position(window, GRID: tl.constexpr, WINDOW: tl.constexpr):
+    """A window's image (in 64 bits: a batch may exceed 2**31 elements), and its place in it, counted in windows."""
+    ACROSS: tl.constexpr = GRID[1] // WINDOW[1]
+    DOWN: tl.constexpr = GRID[0] // WINDOW[0]
+    window = tl.cast(window, tl.int32)  # a Python integer where the kernel is interpreted
+    return (window // (DOWN * ACROSS)).to(tl.int64), window // ACROSS % DOWN, window % ACROSS
+
+
+@triton.jit
+def _locate(down, across, token, GRID: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
+    """Where each token of a window lies in its image's grid, before the cyclic shift."""
+    row = down * WINDOW[0] + token // WINDOW[1] + SHIFT[0]
+    column = across * WINDOW[1] + token % WINDOW[1] + SHIFT[1]
+    return tl.where(row >= GRID[0], row - GRID[0], row) * GRID[1] + tl.where(
+        column >= GRID[1], column - GRID[1], column
+    )
+
+
+@triton.jit
+def _seams(down, across, GRID: tl.constexpr, WINDOW: tl.constexpr):
+    """Which seams of the cyclic shift run through a window: 1 the horizontal one, 2 the vertical one, 3 both."""
+    return (down == GRID[0] // WINDOW[0] - 1).to(tl.int32) + 2 * (across == GRID[1] // WINDOW[1] - 1).to(tl.int32)
+
+
+@triton.jit
+def _side(seams, token, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
+    """On which side of its window's seams each token lies."""
+    below = (token >= (WINDOW[0] - SHIFT[0]) * WINDOW[1]).to(tl.int32)
+    right = (token % WINDOW[1] >= WINDOW[1] - SHIFT[1]).to(tl.int32)
+    return (below + 2 * right) & seams
+
+
+@triton.jit
+def _relative_position_bias(bias_table, head, query, key, HEADS: tl.constexpr, WINDOW: tl.constexpr):
+    """The bias between queries and keys (broadcast together) in base-2 units; -inf for keys beyond the window."""
+    TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
+    entry = (query // WINDOW[1] - key // WINDOW[1] + WINDOW[0] - 1) * (2 * WINDOW[1] - 1)
+    entry += query % WINDOW[1] - key % WINDOW[1] + WINDOW[1] - 1
+    bias = tl.load(bias_table + entry * HEADS + head, mask=(query < TOKENS) & (key < TOKENS), other=0.0)
+    return tl.where(key < TOKENS, bias.to(tl.float32) * LOG2_E, float("-inf"))
+
+
+@triton.jit
+def _load(rows, location, inside, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    """One head of the tokens at ``location``, [tokens, BLOCK_D]; zero outside the window and beyond the head."""
+    channel = tl.arange(0, BLOCK_D)
+    mask = inside[:, None] & (channel < HEAD_DIM)[None, :]
+    return tl.load(rows + location[:, None] * STRIDE + channel[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(rows, value, location, inside, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
+    channel = tl.arange(0, BLOCK_D)
+    mask = inside[:, None] & (channel < HEAD_DIM)[None, :]
+    tl.store(rows + location[:, None] * STRIDE + channel[None, :], value.to(rows.dtype.element_ty), mask=mask)
+
+
+# --- Kernels ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["windows"])
+def _forward(
+    qkv,
+    bias_table,
+    out,
+    windows,
+    scale,
+    GRID: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SHIFT: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """out, for one tile of BLOCK_M queries and all keys of each window."""
+    TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
+    CHANNELS: tl.constexpr = HEADS * HEAD_DIM
+    AREA: tl.constexpr = GRID[0] * GRID[1]
+    head = tl.program_id(0)
+    query = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    key = tl.arange(0, BLOCK_N)
+    bias = _relative_position_bias(bias_table, head, query[:, None], key[None, :], HEADS, WINDOW)
+
+    for window in range(tl.program_id(1), windows, tl.num_programs(1)):
+        image, down, across = _position(window, GRID, WINDOW)
+        q_at = _locate(down, across, query, GRID, WINDOW, SHIFT)
+        k_at = _locate(down, across, key, GRID, WINDOW, SHIFT)
+        source = qkv + image * (AREA * 3 * CHANNELS) + head * HEAD_DIM
+        q = _load(source, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        k = _load(source + CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        v = _load(source + 2 * CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+
+        scores = _dot(q, tl.trans(k), UPCAST) * (scale * LOG2_E) + bias
+        if SHIFT[0] + SHIFT[1] > 0:
+            seams = _seams(down, across, GRID, WINDOW)
+            if seams != 0:
+                q_side = _side(seams, query, WINDOW, SHIFT)
+                k_side = _side(seams, key, WINDOW, SHIFT)
+                scores += tl.where(q_side[:, None] == k_side[None, :], 0.0, MASKED * LOG2_E)
+        p = tl.exp2(scores - tl.max(scores, 1)[:, None])
+        mixed = _dot(p.to(v.dtype), v, UPCAST) / tl.sum(p, 1)[:, None]
+
+        target = out + image * (AREA * CHANNELS) + head * HEAD_DIM
+        _store(target, mixed, q_at, query < TOKENS, CHANNELS, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["windows"])
+def _backward(
+    d_out,
+    qkv,
+    bias_table,
+    d_qkv,
+    d_bias,
+    row_lse,
+    row_delta,
+    windows,
+    scale,
+    GRID: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SHIFT: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BIAS_GRADIENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """d_q and this program's share of d_bias. Where one tile holds all queries also d_k and d_v; elsewhere each row's
+    log-sum-exp and delta, from which `_backward_keys` makes those."""
+    TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
+    CHANNELS: tl.constexpr = HEADS * HEAD_DIM
+    AREA: tl.constexpr = GRID[0] * GRID[1]
+    head = tl.program_id(0)
+    query = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    key = tl.arange(0, BLOCK_N)
+    bias = _relative_position_bias(bias_table, head, query[:, None], key[None, :], HEADS, WINDOW)
+    if BIAS_GRADIENT:
+        d_bias_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+
+    for window in range(tl.program_id(1), windows, tl.num_programs(1)):
+        image, down, across = _position(window, GRID, WINDOW)
+        q_at = _locate(down, across, query, GRID, WINDOW, SHIFT)
+        k_at = _locate(down, across, key, GRID, WINDOW, SHIFT)
+        source = qkv + image * (AREA * 3 * CHANNELS) + head * HEAD_DIM
+        target = d_qkv + image * (AREA * 3 * CHANNELS) + head * HEAD_DIM
+        d_rows = d_out + image * (AREA * CHANNELS) + head * HEAD_DIM
+        q = _load(source, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        k = _load(source + CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        d_mixed = _load(d_rows, q_at, query < TOKENS, CHANNELS, HEAD_DIM, BLOCK_D)
+
+        scores = _dot(q, tl.trans(k), UPCAST) * (scale * LOG2_E) + bias
+        if SHIFT[0] + SHIFT[1] > 0:
+            seams = _seams(down, across, GRID, WINDOW)
+            if seams != 0:
+                q_side = _side(seams, query, WINDOW, SHIFT)
+                k_side = _side(seams, key, WINDOW, SHIFT)
+                scores += tl.where(q_side[:, None] == k_side[None, :], 0.0, MASKED * LOG2_E)
+        largest = tl.max(scores, 1)
+        p = tl.exp2(scores - largest[:, None])
+        total = tl.sum(p, 1)
+        p *= (1.0 / total)[:, None]
+
+        # Each product is stored before the next begins, and v is loaded late: registers are what this kernel lacks.
+        if BLOCK_M >= TOKENS:
+            d_v = _dot(tl.trans(p.to(q.dtype)), d_mixed, UPCAST)
+            _store(target + 2 * CHANNELS, d_v, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        v = _load(source + 2 * CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        d_p = _dot(d_mixed, tl.trans(v), UPCAST)
+        delta = tl.sum(p * d_p, 1)
+        d_scores = p * (d_p - delta[:, None])
+        if BIAS_GRADIENT:
+            d_bias_sum += d_scores
+        d_scores = d_scores.to(q.dtype)
+        d_q = _dot(d_scores, k, UPCAST) * scale
+        _store(target, d_q, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        if BLOCK_M >= TOKENS:
+            d_k = _dot(tl.trans(d_scores), q, UPCAST) * scale
+            _store(target + CHANNELS, d_k, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        else:
+            row = (tl.cast(window, tl.int64) * HEADS + head) * TOKENS + query
+            tl.store(row_lse + row, largest + tl.log2(total), mask=query < TOKENS)
+            tl.store(row_delta + row, delta, mask=query < TOKENS)
+
+    if BIAS_GRADIENT:
+        # Rows are BLOCK_N wide in memory: whole vectors to store, and addresses that cost no registers until here.
+        partial = d_bias + (tl.program_id(1) * HEADS + head).to(tl.int64) * (TOKENS * BLOCK_N)
+        tl.store(partial + query[:, None] * BLOCK_N + key[None, :], d_bias_sum, mask=(query < TOKENS)[:, None])
+
+
+@triton.jit(do_not_specialize=["windows"])
+def _backward_keys(
+    d_out,
+    qkv,
+    bias_table,
+    d_qkv,
+    row_lse,
+    row_delta,
+    windows,
+    scale,
+    GRID: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SHIFT: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """d_k and d_v of one tile of BLOCK_N keys, where the queries of a window need several tiles of BLOCK_M."""
+    TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
+    CHANNELS: tl.constexpr = HEADS * HEAD_DIM
+    AREA: tl.constexpr = GRID[0] * GRID[1]
+    head = tl.program_id(0)
+    key = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
+
+    for window in range(tl.program_id(1), windows, tl.num_programs(1)):
+        image, down, across = _position(window, GRID, WINDOW)
+        k_at = _locate(down, across, key, GRID, WINDOW, SHIFT)
+        source = qkv + image * (AREA * 3 * CHANNELS) + head * HEAD_DIM
+        target = d_qkv + image * (AREA * 3 * CHANNELS) + head * HEAD_DIM
+        d_rows = d_out + image * (AREA * CHANNELS) + head * HEAD_DIM
+        k = _load(source + CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        v = _load(source + 2 * CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        d_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+        d_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
+
+        for start in range(0, TOKENS, BLOCK_M):
+            query = start + tl.arange(0, BLOCK_M)
+            q_at = _locate(down, across, query, GRID, WINDOW, SHIFT)
+            q = _load(source, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+            d_mixed = _load(d_rows, q_at, query < TOKENS, CHANNELS, HEAD_DIM, BLOCK_D)
+            row = (tl.cast(window, tl.int64) * HEADS + head) * TOKENS + query
+            lse = tl.load(row_lse + row, mask=query < TOKENS, other=0.0)
+            delta = tl.load(row_delta + row, mask=query < TOKENS, other=0.0)
+
+            scores = _dot(k, tl.trans(q), UPCAST) * (scale * LOG2_E)  # transposed: [keys, queries]
+            scores += _relative_position_bias(bias_table, head, query[None, :], key[:, None], HEADS, WINDOW)
+            if SHIFT[0] + SHIFT[1] > 0:
+                seams = _seams(down, across, GRID, WINDOW)
+                if seams != 0:
+                    q_side = _side(seams, query, WINDOW, SHIFT)
+                    k_side = _side(seams, key, WINDOW, SHIFT)
+                    scores += tl.where(k_side[:, None] == q_side[None, :], 0.0, MASKED * LOG2_E)
+            p = tl.exp2(scores - lse[None, :])
+            d_v += _dot(p.to(q.dtype), d_mixed, UPCAST)
+            d_p = _dot(v, tl.trans(d_mixed), UPCAST)
+            d_scores = p * (d_p - delta[None, :])
+            d_k += _dot(d_scores.to(q.dtype), q, UPCAST)
+
+        _store(target + CHANNELS, d_k * scale, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        _store(target + 2 * CHANNELS, d_v, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
+def _sum_by_relative_position(
+    d_bias,
+    d_bias_table,
+    WINDOW: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_ENTRIES: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Each entry of the table is the sum over the pairs at its relative position: at most one pair for each key."""
+    TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
+    ENTRIES: tl.constexpr = (2 * WINDOW[0] - 1) * (2 * WINDOW[1] - 1)
+    head = tl.program_id(0)
+    entry = tl.program_id(1) * BLOCK_ENTRIES + tl.arange(0, BLOCK_ENTRIES)
+    key = tl.arange(0, BLOCK_N)[None, :]
+    row = key // WINDOW[1] + (entry // (2 * WINDOW[1] - 1) - (WINDOW[0] - 1))[:, None]
+    column = key % WINDOW[1] + (entry % (2 * WINDOW[1] - 1) - (WINDOW[1] - 1))[:, None]
+    pair = (row >= 0) & (row < WINDOW[0]) & (column >= 0) & (column < WINDOW[1]) & (key < TOKENS)
+    source = d_bias + head * TOKENS * BLOCK_N + (row * WINDOW[1] + column) * BLOCK_N + key
+    total = tl.sum(tl.load(source, mask=pair, other=0.0), 1)
+    tl.store(d_bias_table + entry * HEADS + head, total.to(d_bias_table.dtype.element_ty), mask=entry < ENTRIES)
+
+
+# --- Launchers --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class _Blocks:
+    """How one kernel is cut into programs."""
+
+    queries: int  # BLOCK_M
+    keys: int  # BLOCK_N
+    num_warps: int
+    num_stages: int  # 2 loads the next window while it works on this one
+    resident: int  # programs that one multiprocessor holds at a time, by their registers
+
+
+def _blocks(kernel: Any, tokens: int, head_dim: int) -> _Blocks:
+    """Chosen so that 16-bit tensors spill no register on any supported card; the compile report checks it."""
+    wide = head_dim > 32
+    if kernel is _backward_keys:
+        return _Blocks(64, 32, num_warps=4, num_stages=1, resident=2)
+    if tokens <= 16:
+        return _Blocks(16, 16, num_warps=1, num_stages=1, resident=8 if wide else 16)
+    if tokens <= 64:
+        row = max(32, triton.next_power_of_2(tokens))
+        if kernel is _forward:
+            return _Blocks(row, row, num_warps=row // 16, num_stages=1 if wide else 2, resident=2 if wide else 3)
+        return _Blocks(32 if wide else row, row, num_warps=4, num_stages=1, resident=2)
+    return _Blocks(32, triton.next_power_of_2(tokens), num_warps=4, num_stages=1, resident=2)
+
+
+def _constants(
+    qkv: Tensor, num_heads: int, window: tuple[int, int], shift: tuple[int, int], blocks: _Blocks
+) -> dict[str, Any]:
+    head_dim = qkv.shape[3] // (3 * num_heads)
+    return {
+        "GRID": tuple(qkv.shape[1:3]),
+        "WINDOW": window,
+        "SHIFT": shift,
+        "HEADS": num_heads,
+        "HEAD_DIM": head_dim,
+        "BLOCK_M": blocks.queries,
+        "BLOCK_N": blocks.keys,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "UPCAST": dispatch.interpreting(),
+    }
+
+
+def _slices(device: torch.device, windows: int, heads: int, tiles: int, resident: int) -> int:
+    """Programs per head and tile: enough to fill the card, each with as many windows as the next one."""
+    processors = 4 if device.type == "cpu" else _processors(device)
+    slices = min(windows, triton.cdiv(processors * resident, heads * tiles))
+    return triton.cdiv(windows, triton.cdiv(windows, slices))
+
+
+@functools.cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def forward(
+    qkv: Tensor, bias_table: Tensor, num_heads: int, window: tuple[int, int], shift: tuple[int, int], scale: float
+) -> Tensor:
+    batch, height, width, channels = qkv.shape
+    tokens = window[0] * window[1]
+    windows = batch * height * width // tokens
+    blocks = _blocks(_forward, tokens, channels // (3 * num_heads))
+    tiles = triton.cdiv(tokens, blocks.queries)
+    out = torch.empty((batch, height, width, channels // 3), dtype=qkv.dtype, device=qkv.device)
+    _forward[(num_heads, _slices(qkv.device, windows, num_heads, tiles, blocks.resident), tiles)](
+        qkv.contiguous(), bias_table.contiguous(), out, windows, scale,
+        **_constants(qkv, num_heads, window, shift, blocks), num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+    )  # fmt: skip
+    return out
+
+
+def backward(
+    d_out: Tensor, qkv: Tensor, bias_table: Tensor, num_heads: int, window: tuple[int, int], shift: tuple[int, int],
+    scale: float, needs_table: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of qkv and, if needed, of bias_table; else that one is empty."""
+    batch, height, width, channels = qkv.shape
+    tokens = window[0] * window[1]
+    windows = batch * height * width // tokens
+    head_dim = channels // (3 * num_heads)
+    blocks = _blocks(_backward, tokens, head_dim)
+    tiles = triton.cdiv(tokens, blocks.queries)
+    slices = _slices(qkv.device, windows, num_heads, tiles, blocks.resident)
+
+    d_out, qkv, bias_table = d_out.contiguous(), qkv.contiguous(), bias_table.contiguous()
+    d_qkv = torch.empty_like(qkv)
+    d_table = bias_table.new_empty(bias_table.shape if needs_table else 0)
+    float32 = {"dtype": torch.float32, "device": qkv.device}
+    d_bias = torch.empty((slices, num_heads, tokens, blocks.keys) if needs_table else 0, **float32)
+    rows = torch.empty((2, windows, num_heads, tokens) if tiles > 1 else (2, 0), **float32)
+
+    _backward[(num_heads, slices, tiles)](
+        d_out, qkv, bias_table, d_qkv, d_bias, rows[0], rows[1], windows, scale, BIAS_GRADIENT=needs_table,
+        **_constants(qkv, num_heads, window, shift, blocks), num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+    )  # fmt: skip
+    if tiles > 1:
+        key_blocks = _blocks(_backward_keys, tokens, head_dim)
+        key_tiles = triton.cdiv(tokens, key_blocks.keys)
+        _backward_keys[
+            (num_heads, _slices(qkv.device, windows, num_heads, key_tiles, key_blocks.resident), key_tiles)
+        ](
+            d_out, qkv, bias_table, d_qkv, rows[0], rows[1], windows, scale,
+            **_constants(qkv, num_heads, window, shift, key_blocks),
+            num_warps=key_blocks.num_warps, num_stages=key_blocks.num_stages,
+        )  # fmt: skip
+    if needs_table:
+        _sum_by_relative_position[(num_heads, triton.cdiv(len(bias_table), TABLE_ENTRIES))](
+            d_bias.sum(0), d_table, WINDOW=window, HEADS=num_heads, BLOCK_ENTRIES=TABLE_ENTRIES, BLOCK_N=blocks.keys
+        )
+    return d_qkv, d_table
