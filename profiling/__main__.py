@@ -1,4 +1,4 @@
-"""``python -m fastlocal.profiling kernels ...`` is ``fastlocal bench kernels ...`` without the rest of the command line."""
+"""``python -m fastlocal.profiling ...`` is ``fastlocal bench ...`` without the rest of the command line."""
 
 import sys
 

@@ -10,6 +10,7 @@ from typing import NoReturn
 # Subcommand -> (module with ``main(argv) -> exit code``, what ``--help`` says about it).
 SUBCOMMANDS = {
     "kernels": ("fastlocal.profiling.kernels", "compile report, traffic report, and timings on a CUDA card"),
+    "memory": ("fastlocal.profiling.memory", "peak memory and compute of a step, ours and the rivals'; needs no GPU"),
 }
 
 

@@ -1,9 +1,10 @@
-"""Compile every shipped kernel configuration for every supported architecture, without a GPU, and read the machine code.
+"""Compile every shipped kernel configuration for every supported architecture, without a GPU, and read the machine
+code.
 
 ptxas, cuobjdump and nvdisasm come with Triton's wheel, so registers, spills, shared memory and tensor-core instructions
-are facts before the first card is at hand. Compiling happens in worker processes: a process that runs Triton's interpreter
-(the tests do) cannot also compile. The report file is its own cache: a row is taken over when its kernel's source,
-configuration, Triton version and architecture are unchanged.
+are facts before the first card is at hand. Compiling happens in worker processes: a process that runs Triton's
+interpreter (the tests do) cannot also compile. The report file is its own cache: a row is taken over when its kernel's
+source, configuration, Triton version and architecture are unchanged.
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ class Measurement:
 
 
 def compile_report(report_file: Path, architectures: list[str] | None = None, only: str = "") -> list[Measurement]:
-    """Measure the cases whose name contains ``only`` on ``architectures`` (all if None), and bring the report up to date.
+    """Measure the cases whose name contains ``only`` on ``architectures`` (all if None), and bring the report up to
+    date.
 
     Rows of ``report_file`` that still describe today's kernels are kept, others are dropped.
 
@@ -170,7 +172,10 @@ def table(measurements: list[Measurement]) -> str:
             row[m.architecture] = f"{m.registers} · {spills} · {shared} · {tensor} · {m.occupancy:.0%}"
     names = [name for name in ARCHITECTURES if any(name in row for row in rows.values())]
     columns = {"case": "kernel configuration", "warps": "warps", **{name: name for name in names}}
-    legend = "Each cell: registers · spilled bytes per thread · shared KiB · tensor-core instructions · occupancy (estimated)."
+    legend = (
+        "Each cell: registers · spilled bytes per thread · shared KiB · tensor-core instructions · occupancy "
+        "(estimated)."
+    )
     return f"{results.markdown_table(list(rows.values()), columns)}\n\n{legend}"
 
 

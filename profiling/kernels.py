@@ -1,10 +1,14 @@
-"""``fastlocal bench kernels``: what the fused kernels compile to, what they move, and how fast they are on this card."""
+"""``fastlocal bench kernels``: what the fused ops compile to, what they move, and how fast they are on this card."""
 
 from __future__ import annotations
 
+import json
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastlocal.profiling import results
 from fastlocal.profiling.cli import ArgumentParser, UserError
 
 if TYPE_CHECKING:
@@ -23,13 +27,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--architectures", nargs="+", metavar="sm_XX", help="for --compile-report: only these")
     arguments = parser.parse_args(argv)
 
-    if not (arguments.compile_report or arguments.traffic):
-        return _time(arguments)
     failed = False
     if arguments.compile_report:
         failed |= _compile_report(arguments)
     if arguments.traffic:
-        failed |= _traffic(arguments)
+        _traffic(arguments)
+    if not (arguments.compile_report or arguments.traffic):
+        failed = _time(arguments)
     return int(failed)
 
 
@@ -56,9 +60,58 @@ def _compile_report(arguments: Namespace) -> bool:
     return bool(faulty)
 
 
-def _traffic(arguments: Namespace) -> bool:
-    raise NotImplementedError
+def _traffic(arguments: Namespace) -> None:
+    # Triton decides when it is first imported whether it interprets.
+    if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
+        raise UserError("--traffic counts in Triton's interpreter, but Triton was imported without it in this process.")
+    os.environ["TRITON_INTERPRET"] = "1"
+    from fastlocal.profiling import block_traffic, traffic_report
+
+    try:
+        comparisons = traffic_report.traffic_report(arguments.only)
+    except ValueError as error:
+        raise UserError(f"--only: {error}") from None
+    report = traffic_report.table(comparisons)
+    print(report)
+    misses = [c for c in comparisons if not c.within_target]
+    for miss in misses:
+        print(f"- {miss.op}, {miss.shape}, {miss.direction}: {miss.distinct_ratio:.2f} × compulsory, over the target")
+    if not arguments.only:
+        blocks = block_traffic.block_traffic()
+        block_report = block_traffic.tables(blocks)
+        print(f"\n{block_report}")
+        folder = arguments.output / "traffic"
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "README.md").write_text(
+            f"# Bytes moved\n\n## By each fused op\n\n{report}\n\n## By one block in training\n\n{block_report}\n"
+        )
+        content = {
+            "origin": results.origin(),
+            "ops": [comparison.row() for comparison in comparisons],
+            "blocks": [vars(count) for count in blocks],
+        }
+        (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n")
 
 
-def _time(arguments: Namespace) -> int:
-    raise NotImplementedError
+def _time(arguments: Namespace) -> bool:
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            "timing kernels needs a CUDA card, and there is none here; --compile-report and --traffic need none."
+        )
+    from fastlocal.profiling import kernel_timing
+    from fastlocal.profiling.workloads import workloads
+
+    chosen = [workload for workload in workloads() if arguments.only in workload.name]
+    if not chosen:
+        names = ", ".join(workload.name for workload in workloads())
+        raise UserError(f"--only: no workload has {arguments.only!r} in its name; there are: {names}.")
+    folder = results.card_folder(arguments.output)
+    rows = kernel_timing.time_kernels(kernel_timing.cuda_bench(), chosen, folder / "kernels.jsonl")
+    print(kernel_timing.table(rows))
+    try:
+        kernel_timing.plot(rows, folder / "kernels.png")
+    except ImportError:
+        print("No plot: matplotlib is not installed.")
+    return any(row["direction"] == "check" and row["error"] is not None for row in rows)

@@ -13,8 +13,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 RESULTS = Path("profiling/results")  # in the directory the command runs in
 
 Row = Mapping[str, Any]
@@ -23,6 +21,8 @@ Row = Mapping[str, Any]
 @functools.cache
 def origin() -> dict[str, str]:
     """Where numbers taken in this process come from: card (or processor), driver, torch, triton, commit, date."""
+    import torch
+
     try:
         triton = importlib.metadata.version("triton")  # importing it here would settle whether it interprets
     except importlib.metadata.PackageNotFoundError:
@@ -46,7 +46,7 @@ def card_folder(output: Path = RESULTS) -> Path:
 
 
 def append_row(path: Path, row: Row) -> None:
-    """Append ``row`` and its `origin` to a JSON Lines file; it is on disk when this returns, so a crash loses nothing."""
+    """Append ``row`` and its `origin` to a JSON Lines file, at once, so that a crash loses nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
         file.write(json.dumps({**row, **origin()}) + "\n")

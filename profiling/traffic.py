@@ -1,8 +1,8 @@
 """Count the bytes that PyTorch ops and Triton kernels move, on a machine without a GPU.
 
-A PyTorch op reads its inputs and writes its outputs, each once (views are free): less than it really moves, which favours
-whatever our kernels are compared with. A Triton kernel runs in Triton's interpreter, where every load and store shows its
-addresses, so its bytes are counted, masked lanes excluded.
+A PyTorch op reads its inputs and writes its outputs, each once (views are free): less than it really moves, which
+favours whatever our kernels are compared with. A Triton kernel runs in Triton's interpreter, where every load and
+store shows its addresses, so its bytes are counted, masked lanes excluded.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ SECTOR_BYTES = 32  # the unit in which a card's memory and caches move data
 class Traffic:
     """Bytes moved by one PyTorch op, one kernel launch, or a sum of them.
 
-    ``loaded`` and ``stored`` count every access of every program. ``distinct`` counts each 32-byte sector once per launch
-    and direction: what crosses the memory bus when accesses repeated within one launch hit the card's L2 cache.
+    ``loaded`` and ``stored`` count every access of every program. ``distinct`` counts each 32-byte sector once per
+    launch and direction: what crosses the memory bus when accesses repeated within one launch hit the card's L2 cache.
     ``workspace`` is the part of ``distinct`` that lies in tensors which live only inside one of fastlocal's ops.
     """
 
@@ -71,8 +71,8 @@ class Entry:
 class CountTraffic(TorchDispatchMode):
     """Collects an `Entry` for each PyTorch op and each interpreted Triton kernel that runs inside it.
 
-    Ops of fastlocal are looked into: what counts is what their implementation moves. On fake tensors, which run no kernels,
-    they count as any other op.
+    Ops of fastlocal are looked into: what counts is what their implementation moves. On fake tensors, which run no
+    kernels, they count as any other op.
     """
 
     def __init__(self) -> None:
@@ -160,16 +160,21 @@ def _is_fake(value: Any) -> bool:
     return isinstance(value, torch._subclasses.FakeTensor)
 
 
+_FLOAT32_ON_CUDA = {
+    *("softmax", "log_softmax", "layer_norm", "sum"),
+    *("mse_loss", "l1_loss", "smooth_l1_loss", "cross_entropy"),
+}
+
+
 class CudaAutocastPolicy(TorchFunctionMode):
-    """On CPU tensors, autocast's float32 list of CUDA: that of the CPU lacks these ops, so eager would seem to move less.
+    """On CPU tensors, autocast's float32 list of CUDA: that of the CPU lacks these ops, so eager would seem to move
+    less.
 
     Use inside ``torch.autocast("cpu", ...)``.
     """
 
-    FLOAT32 = {"softmax", "log_softmax", "layer_norm", "mse_loss", "l1_loss", "smooth_l1_loss", "cross_entropy", "sum"}
-
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if getattr(func, "__name__", "") in self.FLOAT32 and torch.is_autocast_enabled("cpu"):
+        if getattr(func, "__name__", "") in _FLOAT32_ON_CUDA and torch.is_autocast_enabled("cpu"):
             args = [a.float() if isinstance(a, Tensor) and a.is_floating_point() else a for a in args]
         return func(*args, **(kwargs or {}))
 

@@ -1,12 +1,13 @@
 """What the kernel benchmarks run: each fused op at the shapes of real models, beside its rivals on the same work.
 
-Linear layers around attention are the same for everyone and are left out: where timm calls ``qkv`` a stand-in returns its
-output, made beforehand, and ``proj`` passes through. What timm does between them is timm's own code, roll, partition and
-reverse included.
+Linear layers around attention are the same for everyone and are left out: where timm calls ``qkv`` a stand-in returns
+its output, made beforehand, and ``proj`` passes through. What timm does between them is timm's own code, roll,
+partition and reverse included.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,7 @@ class Workload:
 
 
 def workloads() -> list[Workload]:
-    """Swin-T's four stages at 224 pixels (every second block is shifted, except where one window is all), and ViT-B/16."""
+    """Swin-T's four stages at 224 pixels (shifted, except where one window is all) and ViT-B/16."""
     found = []
     for stage in range(4):
         name = f"Swin-T stage {stage + 1}"
@@ -74,6 +75,15 @@ def workloads() -> list[Workload]:
     return found
 
 
+def _normal(*shape: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Normal values that bfloat16 holds exactly: one seed makes the same problem in every dtype."""
+    return torch.randn(shape, device=device).to(torch.bfloat16).to(dtype)
+
+
+def _parameter(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 # --- Window attention -------------------------------------------------------------------------------------------------
 
 
@@ -84,18 +94,18 @@ def _window_attention(size: int, heads: int, shift: int, window: int = 7, head_d
         from timm.models.swin_transformer import SwinTransformerBlock, window_partition
 
         channels = heads * head_dim
-        qkv = torch.randn(batch, size, size, 3 * channels, device=device).to(dtype).requires_grad_()
-        table = (torch.randn((2 * window - 1) ** 2, heads, device=device) * 0.5).requires_grad_()
+        qkv = _normal(batch, size, size, 3 * channels, dtype=dtype, device=device).requires_grad_()
+        table = _normal((2 * window - 1) ** 2, heads, dtype=_parameter(dtype), device=device).requires_grad_()
 
         def ours() -> Tensor:
             return window_attention(qkv, table, num_heads=heads, window_size=window, shift=shift)
 
         # timm norms, rolls and partitions x before it projects it. x is taken in `dtype`, as with timm's fast norm;
         # without, it would be float32 under autocast and timm would move more.
-        x = torch.randn(batch, size, size, channels, device=device).to(dtype).requires_grad_()
+        x = _normal(batch, size, size, channels, dtype=dtype, device=device).requires_grad_()
         rolled = torch.roll(qkv.detach(), (-shift, -shift), (1, 2))
         windows = window_partition(rolled, (window, window)).flatten(1, 2).requires_grad_()
-        d_x = torch.randn(windows.shape[:2] + (channels,), device=device).to(dtype)
+        d_x = _normal(*windows.shape[:2], channels, dtype=dtype, device=device)
 
         def timm_block(fused: bool) -> Any:
             with torch.device(device):
@@ -176,6 +186,7 @@ def _flex_windows(block: Any) -> Callable[[Tensor, Tensor | None], Tensor]:
     return forward
 
 
+@functools.cache
 def _compiled_flex_attention() -> Callable[..., Tensor]:
     from torch.nn.attention.flex_attention import flex_attention
 
@@ -186,37 +197,47 @@ def _compiled_flex_attention() -> Callable[..., Tensor]:
 
 
 def _attention(tokens: int, heads: int, head_dim: int) -> Callable[..., Problem]:
-    """[B, N, 3C] to [B, N, C], as in timm's `Attention` between ``qkv`` and ``proj``."""
+    """q, k, v [B, heads, N, D] to [B, N, C], as in timm's `Attention` between ``qkv`` and ``proj``.
+
+    The three lie in one [B, N, 3C] as the projection leaves them. That their gradients have to be put together again is
+    left out for everyone.
+    """
 
     def problem(batch: int, dtype: torch.dtype, device: torch.device) -> Problem:
         from timm.layers import Attention
 
-        qkv = torch.randn(batch, tokens, 3 * heads * head_dim, device=device).to(dtype).requires_grad_()
-
-        def heads_first() -> tuple[Tensor, ...]:
-            return qkv.reshape(batch, tokens, 3, heads, head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = _normal(batch, tokens, 3, heads, head_dim, dtype=dtype, device=device)
+        q, k, v = leaves = tuple(tensor.requires_grad_() for tensor in qkv.permute(2, 0, 3, 1, 4).unbind(0))
+        x = qkv[:, :, 0].flatten(2)  # timm reads its shape
 
         def ours() -> Tensor:
-            return attention(*heads_first()).transpose(1, 2).flatten(2)
+            return attention(q, k, v).transpose(1, 2).flatten(2)
 
         def flex() -> Tensor:
-            return _compiled_flex_attention()(*heads_first()).transpose(1, 2).flatten(2)
+            return _compiled_flex_attention()(q, k, v).transpose(1, 2).flatten(2)
 
         def timm_attention(fused: bool) -> Callable[[], Tensor]:
-            module = Attention(heads * head_dim, heads).to(device)
+            with torch.device(device):
+                module = Attention(heads * head_dim, heads)
             module.fused_attn = fused
-            module.qkv = module.proj = nn.Identity()  # the module is given what its qkv would have returned
-            return lambda: _timm_attention(module, qkv, dtype)
+            module.qkv = _Split(leaves)
+            module.proj = nn.Identity()
+
+            def run() -> Tensor:
+                with torch.autocast(device.type, dtype):
+                    return module(x)
+
+            return run
 
         element = dtype.itemsize * batch * tokens * heads * head_dim
         unfused = timm_attention(False)
         return Problem(
             {
-                OURS: Provider(ours, (qkv,)),
-                UNFUSED: Provider(unfused, (qkv,)),
-                FUSED: Provider(timm_attention(True), (qkv,)),
-                FLEX: Provider(flex, (qkv,)),
-                COMPILED: Provider(torch.compile(unfused, dynamic=False), (qkv,)),
+                OURS: Provider(ours, leaves),
+                UNFUSED: Provider(unfused, leaves),
+                FUSED: Provider(timm_attention(True), leaves),
+                FLEX: Provider(flex, leaves),
+                COMPILED: Provider(torch.compile(unfused, dynamic=False), leaves),
             },
             forward_bytes=4 * element,
             backward_bytes=7 * element,
@@ -225,9 +246,24 @@ def _attention(tokens: int, heads: int, head_dim: int) -> Callable[..., Problem]
     return problem
 
 
-def _timm_attention(module: nn.Module, qkv: Tensor, dtype: torch.dtype) -> Tensor:
-    with torch.autocast(qkv.device.type, dtype):
-        return module(qkv)
+class _Split(nn.Module):
+    """Stands in for ``qkv`` where timm splits its output with reshape, permute and unbind: q, k, v as they are."""
+
+    def __init__(self, parts: tuple[Tensor, ...]) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def forward(self, x: Tensor) -> _Split:
+        return self
+
+    def reshape(self, *shape: int) -> _Split:
+        return self
+
+    def permute(self, *order: int) -> _Split:
+        return self
+
+    def unbind(self, dim: int) -> tuple[Tensor, ...]:
+        return self.parts
 
 
 # --- Reconstruction loss ----------------------------------------------------------------------------------------------
@@ -239,10 +275,10 @@ def _reconstruction_loss(size: int, channels: int, upsample: int, target_channel
     def problem(batch: int, dtype: torch.dtype, device: torch.device) -> Problem:
         outputs = upsample**2 * target_channels
         large = size * upsample
-        hidden = torch.randn(batch, size, size, channels, device=device).to(dtype).requires_grad_()
-        weight = (torch.randn(outputs, channels, device=device) * channels**-0.5).requires_grad_()
-        bias = torch.randn(outputs, device=device).requires_grad_()
-        target = torch.randn(batch, large, large, target_channels, device=device).to(dtype)
+        hidden = _normal(batch, size, size, channels, dtype=dtype, device=device).requires_grad_()
+        weight = (_normal(outputs, channels, dtype=_parameter(dtype), device=device) / 32).requires_grad_()
+        bias = _normal(outputs, dtype=_parameter(dtype), device=device).requires_grad_()
+        target = _normal(batch, large, large, target_channels, dtype=dtype, device=device)
         leaves = (hidden, weight, bias)
 
         def eager() -> Tensor:
@@ -251,8 +287,7 @@ def _reconstruction_loss(size: int, channels: int, upsample: int, target_channel
                 return F.mse_loss(patches.transpose(2, 3).reshape(target.shape), target)
 
         def ours() -> Tensor:
-            with torch.autocast(device.type, dtype):
-                return reconstruction_loss(hidden, weight, bias, target, upsample=upsample)
+            return reconstruction_loss(hidden, weight, bias, target, upsample=upsample)
 
         parameters = sum(tensor.numel() * tensor.itemsize for tensor in (weight, bias))
         data = sum(tensor.numel() * tensor.itemsize for tensor in (hidden, target))
