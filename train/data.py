@@ -8,7 +8,7 @@ wherever in the epoch reading starts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,11 +54,6 @@ class MemorySplit:
                 images = resize(images, [self.image_size, self.image_size], antialias=True)
             yield images, self.labels[chosen]
 
-    def limited(self, count: int | None) -> MemorySplit:
-        """A fixed random subset of ``count`` images, or all."""
-        kept = _subset(len(self), count)
-        return replace(self, images=self.images[kept], labels=self.labels[kept])
-
     def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel over all pixels, for images scaled to 0…1."""
         counts = torch.stack([torch.bincount(self.images[:, c].flatten(), minlength=256) for c in range(3)]).double()
@@ -98,11 +93,6 @@ class FileSplit:
             if isinstance(batch, UserError):
                 raise batch
             yield batch[0], batch[1]
-
-    def limited(self, count: int | None) -> FileSplit:
-        """A fixed random subset of ``count`` images, or all."""
-        kept = _subset(len(self), count).tolist()
-        return replace(self, paths=tuple(self.paths[i] for i in kept), labels=tuple(self.labels[i] for i in kept))
 
 
 Split = MemorySplit | FileSplit
@@ -153,18 +143,17 @@ def read(config: TrainConfig, name: SplitName, model_size: int) -> Split:
     """
     kind, _, folder = config.data.partition(":")
     asked_size = config.model_kwargs.get("img_size")
-    split: Split
+    limit = config.train_limit if name == "train" else config.val_limit
     if kind == "folder":
-        split = _read_folder(config, Path(folder), name, asked_size, model_size)
+        return _read_folder(config, Path(folder), name, limit, asked_size, model_size)
+    if kind == "digits":
+        images, labels, classes = _digits(name)
+    elif kind == "synthetic":
+        images, labels, classes = _synthetic(config, name, asked_size or model_size)
     else:
-        if kind == "digits":
-            images, labels, classes = _digits(name)
-        elif kind == "synthetic":
-            images, labels, classes = _synthetic(config, name, asked_size or model_size)
-        else:
-            images, labels, classes = _torchvision(config, name)
-        split = _memory_split(config, images, labels, classes, asked_size)
-    return split.limited(config.train_limit if name == "train" else config.val_limit)
+        images, labels, classes = _torchvision(config, name)
+    kept = _subset(len(images), limit)
+    return _memory_split(config, images[kept], labels[kept], classes, asked_size)
 
 
 def _memory_split(
@@ -234,7 +223,9 @@ def _three_channels(grey: Tensor) -> Tensor:
     return grey[:, None].expand(-1, 3, -1, -1).contiguous()
 
 
-def _read_folder(config: TrainConfig, root: Path, name: SplitName, asked_size: int | None, model_size: int) -> Split:
+def _read_folder(
+    config: TrainConfig, root: Path, name: SplitName, limit: int | None, asked_size: int | None, model_size: int
+) -> Split:
     """``root/train/CLASS/*`` and ``root/val/CLASS/*``, as torchvision's ImageFolder reads them."""
     from torchvision.datasets import ImageFolder
 
@@ -247,7 +238,8 @@ def _read_folder(config: TrainConfig, root: Path, name: SplitName, asked_size: i
         listing = ImageFolder(str(folder))
     except FileNotFoundError as error:
         raise UserError(f"--data folder:{root} is not usable: {str(error).splitlines()[0].rstrip('.')}.") from None
-    paths, labels = [path for path, _ in listing.samples], [label for _, label in listing.samples]
+    samples = [listing.samples[i] for i in _subset(len(listing.samples), limit).tolist()]
+    paths, labels = [path for path, _ in samples], [label for _, label in samples]
 
     first = _read_image(paths[0])
     if max(first.size) > LARGEST_IN_MEMORY:

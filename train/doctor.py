@@ -11,6 +11,8 @@ import torch
 
 from fastlocal.kernels import dispatch
 
+OPS = ("window_attention", "attention", "reconstruction_loss")
+
 
 def findings() -> Iterator[tuple[str, str]]:
     """Name and one line each: versions, devices, and which kernels run on each device."""
@@ -32,8 +34,7 @@ def findings() -> Iterator[tuple[str, str]]:
             f"{card.name}, {card.total_memory / 2**30:.1f} GiB, capability {card.major}.{card.minor}, {half}",
         )
     for device in [*devices, torch.device("cpu")]:
-        reason = dispatch.why_not_triton(device)
-        if reason is None and dispatch.implementation(device) == "triton":
-            yield f"kernels on {device}", "Triton"
-        else:
-            yield f"kernels on {device}", f"PyTorch. {reason or 'Interpreted Triton runs only where it is asked for.'}"
+        reason = dispatch.why_not_triton(device) or "Interpreted Triton runs only where it is asked for."
+        runs = "Triton" if dispatch.implementation(device) == "triton" else f"PyTorch. {reason}"
+        for op in OPS:
+            yield op, f"on {device}: {runs}"

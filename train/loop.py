@@ -8,6 +8,7 @@ exit, which is the accuracy of the timm model itself, or that of its moving aver
 from __future__ import annotations
 
 import json
+import math
 import random
 import shlex
 import signal
@@ -197,7 +198,7 @@ class _Run:
                 loss=metrics.loss * metrics.samples,
                 regularizer=metrics.regularizer * metrics.samples,
                 correct=metrics.correct,
-                gradient_norm=metrics.gradient_norm,
+                gradient_norm=metrics.gradient_norm.masked_fill(metrics.skipped, 0.0),
                 skipped=metrics.skipped,
             )
             progress.seconds = seconds + time.perf_counter() - begun
@@ -229,6 +230,12 @@ class _Run:
     def _finish_epoch(self, measured: list[Measured], report: Report) -> None:
         progress, totals = self.progress, {name: total.cpu() for name, total in self.progress.totals.items()}
         samples = totals["samples"].item()
+        for name, loss in zip(self.trainer.exit_names, totals["loss"].tolist(), strict=True):
+            if not math.isfinite(loss):
+                raise UserError(
+                    f"the loss of {name} is not finite in epoch {progress.epoch + 1}: lower --lr or set --clip-grad;"
+                    f" the last good state is in {self.folder}."
+                )
         row = {
             "epoch": progress.epoch + 1,
             "step": (progress.epoch + 1) * self.steps,
@@ -236,7 +243,7 @@ class _Run:
             "loss": (totals["loss"] / samples).tolist(),
             "regularizer": (totals["regularizer"] / samples).tolist(),
             "accuracy": (totals["correct"] / samples).tolist(),
-            "gradient_norm": (totals["gradient_norm"] / self.steps).tolist(),
+            "gradient_norm": (totals["gradient_norm"] / (self.steps - totals["skipped"]).clamp(min=1)).tolist(),
             "skipped_steps": totals["skipped"].int().tolist(),
             "validation_loss": measured[0].loss,
             "validation_accuracy": measured[0].accuracy,
@@ -275,7 +282,8 @@ class _Run:
         if config.data == "synthetic":
             yield "         random images: only the throughput and the memory mean anything"
         yield f"model    {config.model}, {parameters / 1e6:.2f} M parameters"
-        yield f"learning {config.objective} with decoder {config.decoder}, {len(self.trainer.modules)} modules"
+        decoder = f" with decoder {config.decoder}" if config.objective in ("feature", "image") else ""
+        yield f"learning {config.objective}{decoder}, {len(self.trainer.modules)} modules"
         yield f"device   {self.device}"
         yield f"run      {self.folder}"
 

@@ -178,6 +178,12 @@ def test_a_disk_that_fills_up(cli: Command, flags: Callable[..., list[str]], mon
     _assert_told(cli("train", *flags()), "last.pt cannot be written: No space left on device")
 
 
+def test_a_loss_that_is_not_finite_ends_the_run(cli: Command, flags: Callable[..., list[str]], tmp_path: Path) -> None:
+    _assert_told(cli("train", *flags(opt="sgd", lr=1e30)), "the loss of module", "is not finite in epoch 1: lower --lr")
+    saved = torch.load(tmp_path / "runs" / "tiny" / "last.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in saved["trainer"]["model"].values())
+
+
 def test_out_of_memory_says_what_to_try(
     cli: Command, flags: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
