@@ -174,7 +174,9 @@ def _setup_context(ctx, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:  
     ctx.set_materialize_grads(False)
 
 
-def _autograd(ctx, d_out: Tensor, d_lse: None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+def _autograd(ctx, d_out: Tensor | None, d_lse: None) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+    if d_out is None:
+        return (None,) * 5
     q, k, v, bias, out, lse = ctx.saved_tensors
     needs_bias = ctx.needs_input_grad[3]
     d_q, d_k, d_v, d_bias = _backward(d_out, q, k, v, bias, ctx.scale, out, lse, needs_bias)

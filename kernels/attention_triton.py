@@ -277,7 +277,7 @@ BLOCKS = {
     (FORWARD, False, True): Blocks(64, 64, 8, 2),
     (FORWARD, True, False): Blocks(128, 64, 8, 2),
     (FORWARD, True, True): Blocks(64, 64, 8, 2),
-    (QUERY, False, False): Blocks(64, 64, 4, 2),
+    (QUERY, False, False): Blocks(64, 32, 4, 2),
     (QUERY, False, True): Blocks(64, 64, 8, 2),
     (QUERY, True, False): Blocks(128, 32, 8, 2),
     (QUERY, True, True): Blocks(64, 64, 8, 2),

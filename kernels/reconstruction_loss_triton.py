@@ -146,11 +146,11 @@ class Blocks:
 STATISTICS = {"BLOCK_POSITIONS": 32, "BLOCK_CHANNELS": 128}
 
 
-def _blocks(outputs: int, dtype: torch.dtype) -> Blocks:
+def _blocks(outputs: int, dtype: torch.dtype, normalize: bool) -> Blocks:
     """Sizes that fit 99 KiB of shared memory (compute capabilities 8.6, 8.9, 12.0) and 255 registers everywhere."""
     if dtype == torch.float32:  # exact products run without tensor cores: small tiles
         return Blocks(64, 32, 32, 4, 1)
-    if outputs <= 64:
+    if outputs <= 64 or normalize:  # the statistics of a wider tile do not fit the registers
         return Blocks(128, 64, 32, 8, 3)
     return Blocks(64, 128, 64, 4, 3)
 
@@ -163,7 +163,7 @@ def loss_sums(
 ) -> Tensor:
     """The loss of each sample's tokens, summed: [B]. ``patches`` is the target as [B, h, w, r, r, Ct]."""
     outputs = weight.shape[0]
-    blocks = triton.cdiv(outputs, _blocks(outputs, hidden.dtype).outputs)
+    blocks = triton.cdiv(outputs, _blocks(outputs, hidden.dtype, normalize).outputs)
     losses = torch.empty(
         (blocks, hidden.shape[0], hidden[0, ..., 0].numel()), dtype=torch.float32, device=hidden.device
     )
@@ -197,7 +197,7 @@ def _launch(
     # 8 elements of 2 bytes are one 16-byte load: a kernel that sees ``stride * 8`` knows that its rows are aligned.
     strides = (hidden.shape[-1], *hidden.stride()[:3])
     unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
-    blocks = _blocks(weight.shape[0], hidden.dtype)
+    blocks = _blocks(weight.shape[0], hidden.dtype, normalize)
     _residual_kernel[(triton.cdiv(tokens, blocks.tokens) * triton.cdiv(weight.shape[0], blocks.outputs),)](
         hidden, weight.contiguous(), out if bias is None else bias.contiguous(), patches, mean, rstd, upstream, out,
         tokens, height, width, *(stride // unit for stride in strides), *patches.stride(),
@@ -225,7 +225,7 @@ def compile_cases() -> list[CompileCase]:
     for dtype, ((upsample, target_channels), kind, normalize), backward in itertools.product(
         POINTERS, variants, (False, True)
     ):
-        blocks = _blocks(upsample**2 * target_channels, dtype)
+        blocks = _blocks(upsample**2 * target_channels, dtype, normalize)
         constexprs = {
             "BACKWARD": backward, "KIND": kind, "HAS_BIAS": True, "NORMALIZE": normalize, "UPCAST": False, "UNIT": 8,
             "UPSAMPLE": upsample, "TARGET_CHANNELS": target_channels, "target_channel": 1,
