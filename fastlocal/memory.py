@@ -194,6 +194,7 @@ class Meter(TorchDispatchMode):
         self._given = given
         self._records: dict[int, _Record] = {}  # by id(storage): torch keeps that object as long as the memory
         self._events: list[tuple[_Record, int]] = []
+        self._start = 0  # how many of them register what was given
         self._undecided: dict[int, _Record] = {}  # made with gradients enabled since the last backward operation
         self._handles: list[Any] = []
         self._hooked: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -237,11 +238,13 @@ class Meter(TorchDispatchMode):
     def timeline(self, points: int | None = None, device: str | None = None) -> list[tuple[int, dict[Kind, int]]]:
         """The bytes by kind over the block: (number of the allocation or release, bytes by kind), in order.
 
+        Number 0 is the start of the block, with all that was given.
+
         Args:
             points: at most this many, each the largest moment of an equal share of the events; all when None.
             device: another of the devices in `peak_by_device`, or ``"host"``.
         """
-        share = 1 if points is None else -(-(len(self._events) + 1) // points)
+        share = 1 if points is None else -(-(len(self._events) - self._start + 1) // points)
         line: list[tuple[int, dict[Kind, int]]] = []
         total = -1
         for index, state in enumerate(self._states(device or str(self.device))):
@@ -255,12 +258,16 @@ class Meter(TorchDispatchMode):
         return line
 
     def _states(self, pool: str) -> Iterator[dict[Kind, int]]:
-        """The bytes by kind after every event; the dictionary is the same one, changed."""
+        """The bytes by kind at the start of the block and after every event: one dictionary, changed."""
         state: dict[Kind, int] = dict.fromkeys(KINDS, 0)
-        yield state
-        for record, change in self._events:
+        for index, (record, change) in enumerate(self._events):
+            if index == self._start:
+                yield state
             if record.pool == pool:
                 state[record.kind] += change
+            if index >= self._start:
+                yield state
+        if len(self._events) == self._start:
             yield state
 
     # Following the storages
@@ -268,6 +275,7 @@ class Meter(TorchDispatchMode):
     def __enter__(self) -> Meter:
         for tensor, kind in _given_tensors(self._given):
             self._see(tensor, kind)
+        self._start = len(self._events)
         self._handles = [
             register_optimizer_step_pre_hook(self._before_optimizer_step),
             register_optimizer_step_post_hook(self._after_optimizer_step),

@@ -1,0 +1,102 @@
+"""The memory benchmark: its rivals are the known ones, its short cut is exact, and it writes what it says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from timm.models.swin_transformer import SwinTransformer
+from torch import nn
+
+from fastlocal.profiling import memory
+from fastlocal.profiling.cli import bench
+from fastlocal.profiling.memory import MIB, Setup, count_flops, meter_step
+
+
+@pytest.fixture(scope="module")
+def swin() -> nn.Module:
+    with torch.device("meta"):
+        model = SwinTransformer(
+            img_size=32, patch_size=2, window_size=4, embed_dim=32, depths=(1, 2), num_heads=(2, 4), num_classes=10
+        )
+    model.pretrained_cfg = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3}
+    return model
+
+
+@pytest.mark.parametrize(
+    "setup",
+    [
+        Setup("rival", 2, recompute=False, tuned=False),
+        Setup("rival", 2, recompute=True),
+        Setup("local", 2, True, 2, "feature", "linear", "module"),
+        Setup("local", 2, False, 2, "image", "conv", "all"),
+        Setup("exact", 2, True, 2, residency="module"),
+        Setup("exact", 3, True, 2, residency="optimizer"),  # the last part is smaller
+    ],
+    ids=lambda setup: setup.name,
+)
+def test_three_parts_have_the_peak_of_all(swin: nn.Module, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
+    short = meter_step(swin, setup, batch_size=11)
+    monkeypatch.setattr(memory, "representative", lambda parts: parts)
+    whole = meter_step(swin, setup, batch_size=11)
+    assert short.peak == whole.peak
+    assert short.peak_by_kind == whole.peak_by_kind
+    assert short.peak_by_device == whole.peak_by_device
+    assert len(short.timeline()) < len(whole.timeline())
+
+
+def test_compute_is_counted(swin: nn.Module) -> None:
+    setups = {
+        "plain": Setup("rival", None, recompute=False),
+        "checkpointed": Setup("rival", None, recompute=True),
+        "one": Setup("exact", None, False, 1),
+        "two": Setup("exact", None, False, 2),
+    }
+    flops = {name: count_flops(swin, setup, 4) for name, setup in setups.items()}
+    forward = flops["plain"] / 3
+    assert flops["checkpointed"] == pytest.approx(flops["plain"] + forward, rel=0.05)
+    assert flops["one"] == flops["plain"]  # one module with exact gradients is plain training
+    assert flops["plain"] < flops["two"] < flops["plain"] + forward  # one more forward, of all but the last module
+
+
+def test_the_known_rivals_of_swin_tiny() -> None:
+    """Peaks in MiB at batch 64, with the 36.75 MiB of fp32 images."""
+    with torch.device("meta"):
+        model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=10)
+    known = {(8, False): 993, (8, True): 592, (1, False): 579}
+    for setup in memory.rivals(64, 8):
+        if not setup.tuned and (expected := known.pop((setup.micro_batch, setup.recompute), None)) is not None:
+            assert meter_step(model, setup, 64).peak / MIB == pytest.approx(expected, rel=0.002)
+    assert not known
+
+
+def test_the_command_writes_rows_a_table_and_both_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--model", "test_vit", "--batch-size", "4", "--micro-batch", "2", "--modules", "1", "2", "99"]
+    assert bench(["memory", *options, "--output", str(tmp_path)]) == 0
+    folder = tmp_path / "memory"
+    written = {path.name.removeprefix("test_vit-4") for path in folder.iterdir()}
+    assert written == {".jsonl", ".md", "-timeline.png", "-timeline.svg", "-pareto.png", "-pareto.svg"}
+    rows = [json.loads(line) for line in (folder / "test_vit-4.jsonl").read_text().splitlines()]
+    assert {row["modules"] for row in rows} == {1, 2}
+    assert {row["family"] for row in rows} == {"rival", "local", "exact"}
+    assert all(sum(row["peak_by_kind"].values()) == row["peak_bytes"] > 0 and row["flops"] > 0 for row in rows)
+    assert (folder / "test_vit-4.md").read_text().count("\n|") == len(rows) + 2
+    assert "E2E + checkpointing" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--model", "swan"], "--model must be a timm model, got 'swan'"),
+        (["--model", "resnet18"], "resnet is not supported"),
+        (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+    ],
+)
+def test_a_mistake_gets_a_sentence(options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench(["memory", *options]) == 2
+    error = capsys.readouterr().err
+    assert sentence.lower() in error.lower()
+    assert error.count("\n") == 1
