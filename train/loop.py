@@ -62,6 +62,7 @@ class Progress:
     position: int = 0  # steps done in the epoch that is under way
     best_accuracy: float = -1.0
     accuracy: list[float] = field(default_factory=list)  # of the last validation, one per exit
+    lr: float = 0.0  # of the last step
     seconds: float = 0.0  # training time and sums of the epoch that is under way
     totals: dict[str, Tensor] = field(default_factory=dict)
 
@@ -191,6 +192,7 @@ class _Run:
                 images, targets = mix_batch(self.mixup, images, labels)
             metrics = self.trainer.step(images, targets)
             progress.position += 1
+            progress.lr = self.trainer.optimizers[-1].param_groups[0]["lr"]
             for schedule in self.schedules:
                 schedule.step_update(progress.epoch * self.steps + progress.position)
             progress.add(
@@ -247,7 +249,7 @@ class _Run:
             "skipped_steps": totals["skipped"].int().tolist(),
             "validation_loss": measured[0].loss,
             "validation_accuracy": measured[0].accuracy,
-            "lr": self.trainer.optimizers[-1].param_groups[0]["lr"],
+            "lr": progress.lr,
             "images_per_second": samples / progress.seconds,
             "seconds": progress.seconds,
             "peak_memory_bytes": peak_memory(self.device),

@@ -69,7 +69,7 @@ def test_train_then_evaluate_then_plain_timm(cli: Command, flags: Flags, tmp_pat
     assert rows[-1]["loss"][-1] < rows[0]["loss"][-1]
     assert rows[-1]["images_per_second"] > 0
     assert rows[-1]["peak_memory_bytes"] > 2**20
-    assert rows[0]["lr"] > rows[-1]["lr"] >= 0
+    assert rows[0]["lr"] > rows[-1]["lr"] > 0
     best = max(rows, key=lambda row: row["validation_accuracy"][-1])
 
     told = json.loads(cli("eval", folder, "--json").out)
@@ -92,6 +92,15 @@ def test_train_then_evaluate_then_plain_timm(cli: Command, flags: Flags, tmp_pat
     with torch.no_grad():
         predicted = model((images.float() / 255 - mean) / std).argmax(1)
     assert (predicted == labels).float().mean().item() == pytest.approx(told["accuracy"][-1])
+
+
+def test_the_digits_recipe_learns(cli: Command, tmp_path: Path) -> None:
+    # The whole recipe, 30 epochs, is `make demo` and reaches 99 %; 12 epochs reach 94 %.
+    trained = cli("train", "--epochs", 12, "--output", tmp_path, "--experiment", "digits")
+    assert trained.code == 0, trained.err
+    row = json.loads((tmp_path / "digits" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert row["validation_accuracy"][-1] > 0.9
+    assert row["validation_accuracy"][1] > 0.5  # early exits are trained, too
 
 
 def test_a_file_of_options_and_flags_over_it(cli: Command, flags: Flags, tmp_path: Path) -> None:
