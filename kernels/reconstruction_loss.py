@@ -8,6 +8,7 @@ public function down to the PyTorch reference; the Triton kernel is in `reconstr
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
@@ -260,7 +261,7 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 
 @register_flop_formula(torch.ops.fastlocal.reconstruction_loss)
 def _forward_flops(hidden: torch.Size, weight: torch.Size, *args: object, **kwargs: object) -> int:
-    return 2 * hidden[:3].numel() * weight.numel()
+    return 2 * math.prod(hidden[:3]) * math.prod(weight)
 
 
 @register_flop_formula(torch.ops.fastlocal.reconstruction_loss_backward)
