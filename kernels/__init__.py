@@ -1,7 +1,17 @@
 """Fused ops for training vision transformers. Needs torch (and Triton for the Triton kernels), nothing of ours."""
 
+from fastlocal.kernels.accelerate import accelerate, restore
 from fastlocal.kernels.attention import attention
 from fastlocal.kernels.dispatch import set_kernels, use_kernels
 from fastlocal.kernels.reconstruction_loss import reconstruction_loss
+from fastlocal.kernels.window_attention import window_attention
 
-__all__ = ["attention", "reconstruction_loss", "set_kernels", "use_kernels"]
+__all__ = [
+    "accelerate",
+    "attention",
+    "reconstruction_loss",
+    "restore",
+    "set_kernels",
+    "use_kernels",
+    "window_attention",
+]

@@ -336,17 +336,21 @@ class _Blocks:
 
 def _blocks(kernel: Any, tokens: int, head_dim: int) -> _Blocks:
     """Chosen so that 16-bit tensors spill no register on any supported card; the compile report checks it."""
-    wide = head_dim > 32
     if kernel is _backward_keys:
-        return _Blocks(64, 32, num_warps=4, num_stages=1, resident=2)
-    if tokens <= 16:
-        return _Blocks(16, 16, num_warps=1, num_stages=1, resident=8 if wide else 16)
-    if tokens <= 64:
-        row = max(32, triton.next_power_of_2(tokens))
+        queries, keys = (32, 64) if head_dim <= 32 else (64, 32) if head_dim <= 64 else (32, 32)
+        return _Blocks(queries, keys, num_warps=4, num_stages=1, resident=2)
+    row = max(16, triton.next_power_of_2(tokens))
+    if row == 16:
+        return _Blocks(16, row, num_warps=1, num_stages=2 if kernel is _forward else 1, resident=12)
+    if row <= 64:
         if kernel is _forward:
-            return _Blocks(row, row, num_warps=row // 16, num_stages=1 if wide else 2, resident=2 if wide else 3)
-        return _Blocks(32 if wide else row, row, num_warps=4, num_stages=1, resident=2)
-    return _Blocks(32, triton.next_power_of_2(tokens), num_warps=4, num_stages=1, resident=2)
+            return _Blocks(row, row, num_warps=row // 16, num_stages=2, resident=3)
+        if head_dim <= 32:
+            return _Blocks(row, row, num_warps=row // 16, num_stages=1, resident=2)
+        return _Blocks(32, row, num_warps=4, num_stages=2, resident=2)
+    if kernel is _forward and head_dim <= 32:
+        return _Blocks(16, row, num_warps=4, num_stages=1, resident=3)
+    return _Blocks(32 if kernel is _forward else 16, row, num_warps=8, num_stages=1, resident=1)
 
 
 def _constants(
@@ -430,6 +434,78 @@ def backward(
         )  # fmt: skip
     if needs_table:
         _sum_by_relative_position[(num_heads, triton.cdiv(len(bias_table), TABLE_ENTRIES))](
-            d_bias.sum(0), d_table, WINDOW=window, HEADS=num_heads, BLOCK_ENTRIES=TABLE_ENTRIES, BLOCK_N=blocks.keys
+            d_bias.sum(0),
+            d_table,
+            WINDOW=window,
+            HEADS=num_heads,
+            BLOCK_ENTRIES=TABLE_ENTRIES,
+            BLOCK_N=blocks.keys,
+            num_warps=4,
+            num_stages=1,
         )
     return d_qkv, d_table
+
+
+# --- What ships -------------------------------------------------------------------------------------------------------
+
+_SWIN_TINY = [
+    # grid, window, shift, heads, head dimension
+    ((56, 56), 7, 0, 3, 32),
+    ((56, 56), 7, 3, 3, 32),
+    ((28, 28), 7, 3, 6, 32),
+    ((14, 14), 7, 3, 12, 32),
+    ((7, 7), 7, 0, 24, 32),
+]
+_OTHERS = [((4 * window, 4 * window), window, window // 2, 4, 32) for window in (4, 6, 8, 12, 16)]
+_OTHERS += [((28, 28), 7, 3, 4, head_dim) for head_dim in (16, 64, 128)]
+_OTHERS += [((48, 48), 12, 6, 4, head_dim) for head_dim in (64, 128)]
+
+
+def compile_cases() -> list[CompileCase]:
+    """Swin-T's stages in every dtype; other windows and head dimensions in the 16-bit ones."""
+    pointers = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
+    cases = []
+    for dtype, pointer in pointers.items():
+        for grid, window, shift, heads, head_dim in _SWIN_TINY + (_OTHERS if dtype.itemsize == 2 else []):
+            tokens = window * window
+            tiled = _blocks(_backward, tokens, head_dim).queries < tokens
+            for kernel in (_forward, _backward, _backward_keys) if tiled else (_forward, _backward):
+                blocks = _blocks(kernel, tokens, head_dim)
+                qkv = torch.empty((1, *grid, 3 * heads * head_dim), dtype=dtype, device="meta")
+                constants = _constants(qkv, heads, (window, window), (shift, shift), blocks)
+                constants |= {"UPCAST": False}
+                if kernel is _backward:
+                    constants |= {"BIAS_GRADIENT": True}
+                signature = {name: "*fp32" for name in kernel.arg_names if name not in constants}
+                signature |= {name: pointer for name in ("qkv", "out", "d_out", "d_qkv") if name in signature}
+                signature |= {"windows": "i32", "scale": "fp32"}
+                cases.append(
+                    CompileCase(
+                        name=f"window_attention {kernel.__name__.strip('_')}, grid {grid[0]}, window {window}, "
+                        f"shift {shift}, {heads} heads of {head_dim}, {str(dtype).removeprefix('torch.')}",
+                        kernel=kernel,
+                        signature=signature,
+                        constexprs=constants,
+                        num_warps=blocks.num_warps,
+                        num_stages=blocks.num_stages,
+                        dtype=dtype,
+                        has_dot=True,
+                    )
+                )
+    for window, heads in ((7, 3), (7, 24), (16, 4)):
+        keys = _blocks(_backward, window * window, 32).keys
+        cases.append(
+            CompileCase(
+                name=f"window_attention sum_by_relative_position, window {window}, {heads} heads",
+                kernel=_sum_by_relative_position,
+                signature={"d_bias": "*fp32", "d_bias_table": "*fp32"},
+                constexprs={
+                    "WINDOW": (window, window), "HEADS": heads, "BLOCK_ENTRIES": TABLE_ENTRIES, "BLOCK_N": keys
+                },
+                num_warps=4,
+                num_stages=1,
+                dtype=torch.float32,
+                has_dot=False,
+            )
+        )  # fmt: skip
+    return cases
