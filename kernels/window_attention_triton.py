@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlocal.kernels import dispatch
+from fastlocal.kernels.cases import CompileCase
 
 TABLE_ENTRIES = 16  # per program of `_sum_by_relative_position`
 
