@@ -297,7 +297,7 @@ def test_a_fused_op_counts_the_scratch_memory_it_documents(dry: bool) -> None:
     assert max(sum(state.values()) for _, state in meter.timeline()) == meter.peak
 
 
-def test_what_the_fused_op_documents_is_close_to_what_its_reference_takes() -> None:
+def test_what_the_fused_op_documents_covers_what_its_reference_takes() -> None:
     """Its bodies, run in view of the meter."""
     forward, backward = reconstruction_loss_module._forward._init_fn, reconstruction_loss_module._backward._init_fn
     for shape, outputs, upsample in (((4, 14, 14, 96), 192, 2), ((2, 196, 1, 384), 768, 1), ((8, 56, 56, 96), 768, 4)):
@@ -315,7 +315,7 @@ def test_what_the_fused_op_documents_is_close_to_what_its_reference_takes() -> N
                 with torch.no_grad(), Meter(*given, loss) as meter:
                     results = backward(loss, *given, upsample, kind, normalize, [True] * 3)
                 used.append(meter.peak - meter.live)
-                assert max(used) <= 1.1 * documented, (shape, kind, normalize, used)
+                assert max(used) <= documented, (shape, kind, normalize, used)
                 assert results[0].shape == hidden.shape
         assert documented <= 2 * max(used) + 2**20, (shape, used, documented)
 

@@ -74,13 +74,14 @@ def test_the_known_rivals_of_swin_tiny() -> None:
 
 
 def test_the_command_writes_rows_a_table_and_both_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    options = ["--model", "test_vit", "--batch-size", "4", "--micro-batch", "2", "--modules", "1", "2", "99"]
-    assert bench(["memory", *options, "--output", str(tmp_path)]) == 0
+    options = ["--model", "test_vit", "--batch-size", "4", "--micro-batch", "2", "--modules", "2", "99"]
+    options += ["--objectives", "feature", "--decoders", "linear", "--output", str(tmp_path)]
+    assert bench(["memory", *options]) == 0
     folder = tmp_path / "memory"
     written = {path.name.removeprefix("test_vit-4") for path in folder.iterdir()}
     assert written == {".jsonl", ".md", "-timeline.png", "-timeline.svg", "-pareto.png", "-pareto.svg"}
     rows = [json.loads(line) for line in (folder / "test_vit-4.jsonl").read_text().splitlines()]
-    assert {row["modules"] for row in rows} == {1, 2}
+    assert {row["modules"] for row in rows} == {1, 2}  # a rival has one
     assert {row["family"] for row in rows} == {"rival", "local", "exact"}
     assert all(sum(row["peak_by_kind"].values()) == row["peak_bytes"] > 0 and row["flops"] > 0 for row in rows)
     assert (folder / "test_vit-4.md").read_text().count("\n|") == len(rows) + 2
