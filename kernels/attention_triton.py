@@ -1,15 +1,16 @@
 """Triton kernels of `attention`: FlashAttention-2 with an additive bias, and no atomics.
 
 Scores are kept in units of log 2, because exp2 is one instruction. Each backward kernel owns what it writes: a program
-holds a block of queries (d_q), of keys (d_k, d_v) or of the bias (d_bias, summed over the batch in order), so two runs
-give the same bits. Tiles are zero past the ends of N and D. A unit (1 or 8 elements) multiplies the strides of q, k, v
-and d_out: see `_strides`.
+holds a block of queries (d_q), of keys (d_k, d_v) or of the bias (d_bias, summed over the batch in order), or a short
+head's every query, so two runs give the same bits. Tiles are zero past the ends of N and D. A unit of 1 or 8 elements
+multiplies the strides of q, k, v and d_out: see `_strides`.
 """
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -116,6 +117,55 @@ def _forward_kernel(
     out_ptr = _head(out_ptr, index, heads, tl.cast(length, tl.int64) * out_row, HEAD_DIM, 1)
     pointers, mask = _tile(out_ptr, start, out_row, length, 1, BLOCK_Q, HEAD_DIM, BLOCK_D)
     tl.store(pointers, (out / total[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _head_gradient_kernel(
+    d_out_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, d_q_ptr, d_k_ptr, d_v_ptr,
+    scale, heads, length,
+    d_out_batch, d_out_head, d_out_row,
+    q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row,
+    UPCAST: tl.constexpr, UNIT: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """d_q, d_k and d_v of a head whose queries all fit one block: every tensor is read once and no score twice."""
+    index = tl.program_id(0)
+    rows = tl.arange(0, BLOCK_Q)
+    out_row = heads * HEAD_DIM
+    out_batch = tl.cast(length, tl.int64) * out_row
+    d_out_ptr = _head(d_out_ptr, index, heads, d_out_batch, d_out_head, UNIT)
+    d_out = _load(d_out_ptr, 0, d_out_row, length, UPCAST, UNIT, BLOCK_Q, HEAD_DIM, BLOCK_D)
+    out_ptr = _head(out_ptr, index, heads, out_batch, HEAD_DIM, 1)
+    out = _load(out_ptr, 0, out_row, length, UPCAST, 1, BLOCK_Q, HEAD_DIM, BLOCK_D)
+    delta = tl.sum(out.to(tl.float32) * d_out.to(tl.float32), 1)
+    lse = tl.load(lse_ptr + tl.cast(index, tl.int64) * length + rows, mask=rows < length, other=float("inf")) * LOG2E
+    q_ptr = _head(q_ptr, index, heads, q_batch, q_head, UNIT)
+    q = _load(q_ptr, 0, q_row, length, UPCAST, UNIT, BLOCK_Q, HEAD_DIM, BLOCK_D)
+    k_ptr = _head(k_ptr, index, heads, k_batch, k_head, UNIT)
+    v_ptr = _head(v_ptr, index, heads, v_batch, v_head, UNIT)
+    d_k_ptr = _head(d_k_ptr, index, heads, out_batch, HEAD_DIM, 1)
+    d_v_ptr = _head(d_v_ptr, index, heads, out_batch, HEAD_DIM, 1)
+
+    d_q = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    for key in range(0, length, BLOCK_K):
+        k = _load(k_ptr, key, k_row, length, UPCAST, UNIT, BLOCK_K, HEAD_DIM, BLOCK_D)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * (scale * LOG2E)
+        scores = tl.where((key + tl.arange(0, BLOCK_K) < length)[None, :], scores, float("-inf"))
+        p = tl.exp2(scores - lse[:, None])
+        d_v = tl.dot(tl.trans(p.to(d_out.dtype)), d_out, input_precision="ieee")
+        pointers, mask = _tile(d_v_ptr, key, out_row, length, 1, BLOCK_K, HEAD_DIM, BLOCK_D)
+        tl.store(pointers, d_v.to(d_v_ptr.dtype.element_ty), mask=mask)
+        v = _load(v_ptr, key, v_row, length, UPCAST, UNIT, BLOCK_K, HEAD_DIM, BLOCK_D)
+        d_scores = p * (tl.dot(d_out, tl.trans(v), input_precision="ieee") - delta[:, None])
+        d_scores = d_scores.to(q.dtype)
+        d_k = tl.dot(tl.trans(d_scores), q, input_precision="ieee") * scale
+        pointers, mask = _tile(d_k_ptr, key, out_row, length, 1, BLOCK_K, HEAD_DIM, BLOCK_D)
+        tl.store(pointers, d_k.to(d_k_ptr.dtype.element_ty), mask=mask)
+        d_q = tl.dot(d_scores, k, d_q, input_precision="ieee")
+
+    d_q_ptr = _head(d_q_ptr, index, heads, out_batch, HEAD_DIM, 1)
+    pointers, mask = _tile(d_q_ptr, 0, out_row, length, 1, BLOCK_Q, HEAD_DIM, BLOCK_D)
+    tl.store(pointers, (d_q * scale).to(d_q_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -267,7 +317,7 @@ class Blocks:
     num_stages: int
 
 
-FORWARD, QUERY, KEY, BIAS = "forward", "d_q", "d_k and d_v", "d_bias"
+FORWARD, HEAD, QUERY, KEY, BIAS = "forward", "d_q, d_k and d_v", "d_q", "d_k and d_v", "d_bias"
 
 
 # (kernel, head dimension above 64, bias) for two-byte dtypes. Every row fits 99 KiB of shared memory (compute
@@ -290,6 +340,14 @@ BLOCKS = {
 }
 
 
+def _head_blocks(length: int, head_dim: int, dtype: torch.dtype) -> Blocks | None:
+    """For the kernel that holds a head's every query, or None where they do not fit the registers."""
+    queries = max(32, triton.next_power_of_2(length))
+    if head_dim > 64 or queries > (64 if dtype == torch.float32 else 256):
+        return None
+    return Blocks(queries, 32, 8 if queries == 256 else 4, 1)
+
+
 def _blocks(kernel: str, head_dim: int, dtype: torch.dtype, has_bias: bool) -> Blocks:
     if dtype == torch.float32:  # exact products run without tensor cores: small tiles
         return Blocks(32, 32, 4, 1)
@@ -299,8 +357,7 @@ def _blocks(kernel: str, head_dim: int, dtype: torch.dtype, has_bias: bool) -> B
 # --- Launchers --------------------------------------------------------------------------------------------------------
 
 
-def _constants(kernel: str, head_dim: int, dtype: torch.dtype, has_bias: bool) -> dict[str, int | bool]:
-    blocks = _blocks(kernel, head_dim, dtype, has_bias)
+def _constants(blocks: Blocks, head_dim: int, dtype: torch.dtype) -> dict[str, int | bool]:
     return {
         "UPCAST": dispatch.interpreting() and dtype == torch.bfloat16,  # interpreted bfloat16 products are wrong
         "HEAD_DIM": head_dim,
@@ -334,7 +391,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, 
     blocks = _blocks(FORWARD, head_dim, q.dtype, has_bias)
     _forward_kernel[(triton.cdiv(length, blocks.queries) * batch * heads,)](
         q, k, v, bias, out, lse, scale, heads, length, *strides, *bias.stride()[:2],
-        HAS_BIAS=has_bias, UNIT=unit, **_constants(FORWARD, head_dim, q.dtype, has_bias),
+        HAS_BIAS=has_bias, UNIT=unit, **_constants(blocks, head_dim, q.dtype),
         num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
     return lse
@@ -349,20 +406,29 @@ def backward(
     has_bias = bias is not None
     bias = q if bias is None else _unit_last_stride(bias)
     d_out = _unit_last_stride(d_out)
-    delta = torch.empty_like(lse)
     unit, strides = _strides(d_out, q, k, v)
+    one_block = None if has_bias else _head_blocks(length, head_dim, q.dtype)
+    if one_block is not None:
+        _head_gradient_kernel[(batch * heads,)](
+            d_out, q, k, v, out, lse, d_q, d_k, d_v, scale, heads, length, *strides,
+            UNIT=unit, **_constants(one_block, head_dim, q.dtype),
+            num_warps=one_block.num_warps, num_stages=one_block.num_stages,
+        )  # fmt: skip
+        return
+
+    delta = torch.empty_like(lse)
     sizes = (heads, length, *strides, *bias.stride()[:2])
 
     blocks = _blocks(QUERY, head_dim, q.dtype, has_bias)
     _query_gradient_kernel[(triton.cdiv(length, blocks.queries) * batch * heads,)](
         d_out, q, k, v, bias, out, lse, delta, d_q, scale, *sizes,
-        HAS_BIAS=has_bias, UNIT=unit, **_constants(QUERY, head_dim, q.dtype, has_bias),
+        HAS_BIAS=has_bias, UNIT=unit, **_constants(blocks, head_dim, q.dtype),
         num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
     blocks = _blocks(KEY, head_dim, q.dtype, has_bias)
     _key_gradient_kernel[(triton.cdiv(length, blocks.keys) * batch * heads,)](
         d_out, q, k, v, bias, lse, delta, d_k, d_v, scale, *sizes,
-        HAS_BIAS=has_bias, UNIT=unit, **_constants(KEY, head_dim, q.dtype, has_bias),
+        HAS_BIAS=has_bias, UNIT=unit, **_constants(blocks, head_dim, q.dtype),
         num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
     if d_bias.numel() == 0:
@@ -370,7 +436,7 @@ def backward(
     blocks = _blocks(BIAS, head_dim, q.dtype, has_bias)
     _bias_gradient_kernel[(heads * triton.cdiv(length, blocks.queries) * triton.cdiv(length, blocks.keys),)](
         d_out, q, k, v, bias, lse, delta, d_bias, scale, batch, *sizes,
-        UNIT=unit, **_constants(BIAS, head_dim, q.dtype, has_bias),
+        UNIT=unit, **_constants(blocks, head_dim, q.dtype),
         num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
 
@@ -378,9 +444,11 @@ def backward(
 # --- What ships -------------------------------------------------------------------------------------------------------
 
 
+POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
+
+
 def compile_cases() -> list[CompileCase]:
     """Every kernel at the head dimensions of Swin, ViT and ViT-H and at the widest, with and without bias."""
-    pointers = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
     kernels = {
         FORWARD: _forward_kernel,
         QUERY: _query_gradient_kernel,
@@ -388,29 +456,34 @@ def compile_cases() -> list[CompileCase]:
         BIAS: _bias_gradient_kernel,
     }
     cases = []
-    for dtype, head_dim, (name, kernel), has_bias in itertools.product(
-        pointers, (32, 64, 80, 128), kernels.items(), (False, True)
-    ):
-        if name == BIAS and not has_bias:
-            continue
-        constants = _constants(name, head_dim, dtype, has_bias) | {"HAS_BIAS": has_bias, "UNIT": 8, "UPCAST": False}
-        constexprs = {key: value for key, value in constants.items() if key in kernel.arg_names}
-        signature = dict.fromkeys((key for key in kernel.arg_names if key not in constexprs), "i32")
-        signature |= {key: pointers[dtype] for key in signature if key.endswith("_ptr")}
-        signature |= {key: "*fp32" for key in ("lse_ptr", "delta_ptr", "bias_ptr", "d_bias_ptr") if key in signature}
-        signature["scale"] = "fp32"
-        blocks = _blocks(name, head_dim, dtype, has_bias)
-        label = f"{name}, head dimension {head_dim}{', bias' if has_bias else ''}, {str(dtype).removeprefix('torch.')}"
-        cases.append(
-            CompileCase(
-                name=f"attention {label}",
-                kernel=kernel,
-                signature=signature,
-                constexprs=constexprs,
-                num_warps=blocks.num_warps,
-                num_stages=blocks.num_stages,
-                dtype=dtype,
-                has_dot=True,
-            )
-        )
+    for dtype, head_dim in itertools.product(POINTERS, (32, 64, 80, 128)):
+        for (name, kernel), has_bias in itertools.product(kernels.items(), (False, True)):
+            if (name, has_bias) != (BIAS, False):
+                blocks = _blocks(name, head_dim, dtype, has_bias)
+                cases.append(_compile_case(name + ", bias" * has_bias, kernel, blocks, head_dim, dtype, has_bias))
+        for length in (64, 128, 256):
+            head_blocks = _head_blocks(length, head_dim, dtype)
+            if head_blocks is not None:
+                name = f"{HEAD}, N up to {length}"
+                cases.append(_compile_case(name, _head_gradient_kernel, head_blocks, head_dim, dtype, False))
     return cases
+
+
+def _compile_case(
+    name: str, kernel: Any, blocks: Blocks, head_dim: int, dtype: torch.dtype, has_bias: bool
+) -> CompileCase:
+    constants = _constants(blocks, head_dim, dtype) | {"HAS_BIAS": has_bias, "UNIT": 8, "UPCAST": False}
+    constexprs = {key: value for key, value in constants.items() if key in kernel.arg_names}
+    signature = dict.fromkeys((key for key in kernel.arg_names if key not in constexprs), "i32")
+    signature |= {key: POINTERS[dtype] for key in signature if key.endswith("_ptr")}
+    signature |= {key: "*fp32" for key in ("lse_ptr", "delta_ptr", "bias_ptr", "d_bias_ptr") if key in signature}
+    return CompileCase(
+        name=f"attention {name}, head dimension {head_dim}, {str(dtype).removeprefix('torch.')}",
+        kernel=kernel,
+        signature=signature | {"scale": "fp32"},
+        constexprs=constexprs,
+        num_warps=blocks.num_warps,
+        num_stages=blocks.num_stages,
+        dtype=dtype,
+        has_dot=True,
+    )
