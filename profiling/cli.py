@@ -11,6 +11,11 @@ from typing import NoReturn
 SUBCOMMANDS = {
     "kernels": ("fastlocal.profiling.kernels", "compile report, traffic report, and timings on a CUDA card"),
     "memory": ("fastlocal.profiling.memory", "peak memory and compute of a step, ours and the rivals'; needs no GPU"),
+    "throughput": (
+        "fastlocal.profiling.throughput",
+        "images per second and peak memory of a step, ours and the rivals'",
+    ),
+    "report": ("fastlocal.profiling.report", "all result rows as tables and plots, card by card"),
 }
 
 

@@ -1,0 +1,279 @@
+"""The parts of ``bash profiling/gpu_suite.sh``: ``python -m fastlocal.profiling.suite PART [--budget SECONDS]``.
+
+Every part writes its rows at once, stops in time and goes on where it stopped (see `fastlocal.profiling.campaign`). With
+no card each part runs what it can on the CPU, with a tiny model, and says what is missing.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from fastlocal.profiling import memory, results
+from fastlocal.profiling.campaign import Campaign
+from fastlocal.profiling.cli import ArgumentParser, UserError, bench
+
+MIB = 2**20
+TOLERANCE = 0.05  # the meter, and the planner, against torch's own peak
+MODEL, BATCH, MICRO_BATCH = "swin_tiny_patch4_window7_224", 64, 8
+TINY_MODEL, TINY_BATCH, TINY_MICRO_BATCH = "test_vit", 4, 2
+# The targets first: a session cut short has what matters most.
+CAPPED_MODELS = [
+    *("vit_huge_patch14_224", "swin_tiny_patch4_window7_224", "vit_base_patch16_224", "vit_gigantic_patch14_224"),
+    *("swin_base_patch4_window7_224", "vit_large_patch16_224"),
+]
+CAPS = "2GiB,4GiB,6GiB,8GiB,12GiB"
+
+
+def correctness(output: Path, budget: float | None) -> int:
+    """Every fused op against its reference in float64, in each dtype; returns 1 if one is wrong."""
+    import torch
+
+    from fastlocal.kernels import use_kernels
+    from fastlocal.kernels.dispatch import why_not_triton
+    from fastlocal.profiling.kernel_timing import check
+    from fastlocal.profiling.throughput import default_device, release, sentence
+    from fastlocal.profiling.workloads import workloads
+
+    device = default_device()
+    obstacle = why_not_triton(device)
+    implementation = "triton" if obstacle is None and device.type == "cuda" else "reference"
+    dtypes, chosen = (torch.float32, torch.bfloat16, torch.float16), workloads()
+    if device.type == "cpu":
+        dtypes, chosen = dtypes[:2], [workload for workload in chosen if workload.shape == "Swin-T stage 4"]
+    if obstacle is not None:
+        print(f"Only the PyTorch reference is checked: {obstacle}")
+    campaign = Campaign(results.card_folder(output) / "correctness.jsonl", budget)
+    jobs = []
+    for workload in chosen:
+        for dtype in dtypes:
+            key = {"bench": "correctness", "op": workload.op, "shape": workload.shape, "dtype": str(dtype)[6:]}
+            jobs.append((key | {"implementation": implementation}, (key, workload, dtype)))
+    for key, workload, dtype in campaign.todo(jobs):
+        release()
+        try:
+            with use_kernels(implementation):  # type: ignore[arg-type]
+                wrong = check(workload, dtype, device)
+        except Exception as error:  # one op that fails must not hide the others
+            wrong = sentence(error)
+        campaign.add({**key, "implementation": implementation, "error": wrong})
+        print(f"{workload.name}, {key['dtype']}, {implementation}: {wrong or 'right'}", flush=True)
+    done = [row for key, _ in jobs if (row := campaign.find(key)) is not None]
+    print(f"\n{len(done)} of {len(jobs)} checked, {sum(row['error'] is not None for row in done)} wrong.")
+    return int(any(row["error"] is not None for row in done))
+
+
+def kernels(output: Path, budget: float | None) -> int:
+    """``bench kernels``, a workload at a time; returns 1 if an op is wrong."""
+    import torch
+
+    if not torch.cuda.is_available():
+        print("Missing without a card: the timing of every fused op and its rivals.")
+        return 0
+    from fastlocal.profiling import kernel_timing
+    from fastlocal.profiling.workloads import workloads
+
+    folder = results.card_folder(output)
+    campaign = Campaign(folder / "suite.jsonl", budget)
+    jobs = [({"bench": "suite", "part": "kernels", "job": w.name}, w) for w in workloads()]
+    device = kernel_timing.cuda_bench()
+    for workload in campaign.todo(jobs):
+        begun = time.perf_counter()
+        kernel_timing.time_kernels(device, [workload], folder / "kernels.jsonl")
+        campaign.add(
+            {"bench": "suite", "part": "kernels", "job": workload.name, "seconds": time.perf_counter() - begun}
+        )
+    rows = Campaign(folder / "kernels.jsonl").rows
+    print(f"\n{kernel_timing.table(rows)}")
+    return int(any(row["direction"] == "check" and row["error"] is not None for row in rows))
+
+
+def meter(output: Path, budget: float | None) -> int:
+    """The dry run, the meter and the planner against torch's own counters; returns 1 if one is further off than 5 %."""
+    from fastlocal import planner
+    from fastlocal.memory import Meter
+    from fastlocal.profiling.throughput import Setup, Training, available_kernels, baseline, default_device, release
+
+    device = default_device()
+    cuda = device.type == "cuda"
+    model, batch, micro = (MODEL, BATCH, MICRO_BATCH) if cuda else (TINY_MODEL, TINY_BATCH, TINY_MICRO_BATCH)
+    if not cuda:
+        print("Missing without a card: torch's own peak. The dry run is compared with the meter of a real step.")
+    skeleton = memory._model(model, None)
+    best = available_kernels(device)[0][0]
+    local = Setup("local", micro, True, 4, "feature", "linear", "module", kernels=best)
+    exact = replace(local, family="exact", objective="end-to-end", decoder="")
+    whole = replace(local, micro_batch=None, recompute=False, residency="all")
+    setups = [baseline(), Setup("rival", micro, True), whole, local, replace(local, residency="all"), exact]
+    jobs: list[tuple[dict[str, Any], tuple[str, Setup | None]]] = []
+    for setup in setups:
+        jobs.append(({"name": setup.label}, (setup.label, setup)))
+    if cuda:
+        jobs.append(({"name": "what the planner chooses for 600 MiB"}, ("what the planner chooses for 600 MiB", None)))
+    campaign = Campaign(results.card_folder(output) / "meter.jsonl", budget)
+    place = {"bench": "meter", "model": model, "batch_size": batch}
+    for name, given in campaign.todo([({**place, **key}, job) for key, job in jobs]):
+        if given is None:
+            plan = planner.plan(skeleton, batch_size=batch, memory="600MiB")
+            setup = replace(
+                local,
+                modules=plan.modules,
+                micro_batch=plan.micro_batch,
+                recompute=plan.recompute == "block",
+                residency=plan.residency,
+            )
+            predicted = plan.peak
+        else:
+            setup = given
+            predicted = memory.meter_step(skeleton, setup, batch).peak
+        release()
+        training = Training(model, setup, batch, device)
+        for _ in range(2):
+            training.step()
+        release()
+        with Meter(*training.held(), device=device) as metered:
+            training.step()
+        row = {**place, "name": name, "setup": asdict(setup), "predicted_mib": predicted / MIB}
+        row["metered_mib"] = metered.peak / MIB
+        row |= _allocated(training) if cuda else {}
+        truth = row.get("allocated_mib", row["metered_mib"])
+        row["predicted_of_true"], row["metered_of_true"] = (row[k] / truth for k in ("predicted_mib", "metered_mib"))
+        row["within"] = all(abs(row[k] - 1) <= TOLERANCE for k in ("predicted_of_true", "metered_of_true"))
+        campaign.add(row)
+        print(f"{name}: predicted {row['predicted_mib']:.1f}, true {truth:.1f} MiB", flush=True)
+        del training
+    print(f"\n{meter_table(campaign.rows)}")
+    return int(not all(row["within"] for row in campaign.rows))
+
+
+def _allocated(training: Any) -> dict[str, float]:
+    """torch's own peak of a step with no meter in the way, and what the allocator reserved for it."""
+    from fastlocal.profiling.throughput import measure_peak
+
+    peak = measure_peak(training)
+    return {"allocated_mib": peak["peak_mib"], "reserved_mib": peak["reserved_mib"]}
+
+
+def meter_table(rows: list[dict[str, Any]]) -> str:
+    """Predicted, metered, allocated and reserved peaks."""
+    columns = {"name": "set-up", "predicted_mib": "dry run MiB", "metered_mib": "meter MiB"}
+    if any("allocated_mib" in row for row in rows):
+        columns |= {"allocated_mib": "allocated MiB", "reserved_mib": "reserved MiB"}
+    columns |= {"predicted_of_true": "dry run / true", "metered_of_true": "meter / true", "within": "within 5 %"}
+    return results.markdown_table(rows, columns) if rows else "Nothing was measured."
+
+
+def throughput(output: Path, budget: float | None) -> int:
+    """``bench throughput`` of Swin-T at batch 64; without a card of a tiny model."""
+    import torch
+
+    options = ["throughput", "--output", str(output), *_within(budget)]
+    if torch.cuda.is_available():
+        code = bench([*options, "--model", MODEL, "--batch-size", str(BATCH), "--micro-batch", str(MICRO_BATCH)])
+        return code or _trace(output)
+    print(
+        "Missing without a card: Triton kernels, torch.compile, reserved memory, and every figure that means something."
+    )
+    tiny = ["--model", TINY_MODEL, "--batch-size", str(TINY_BATCH), "--micro-batch", str(TINY_MICRO_BATCH)]
+    return bench([*options, *tiny, "--modules", "2", "--rounds", "2"])
+
+
+def _trace(output: Path) -> int:
+    """Whether the copies of residency="module" hide behind kernels, once per commit."""
+    name = "local, feature, K=4, Triton kernels, parts of 8, recompute, residency module"
+    if Campaign(results.card_folder(output) / "traces.jsonl").find({"bench": "trace", "name": name}) is not None:
+        return 0
+    return bench(["throughput", "--trace", "--only", name, "--output", str(output)])
+
+
+def caps(output: Path, budget: float | None) -> int:
+    """What trains on smaller cards; without a card what a tiny model needs, by dry run."""
+    import torch
+
+    options = ["throughput", "--output", str(output), *_within(budget)]
+    if torch.cuda.is_available():
+        return bench([*options, "--cap", CAPS, "--model", *CAPPED_MODELS])
+    print("Missing without a card: what trains under a limited allocator, and how fast.")
+    return bench([*options, "--cap", "4MiB,8MiB", "--model", TINY_MODEL, "--batch-size", str(TINY_BATCH)])
+
+
+def train(output: Path, budget: float | None) -> int:
+    """Short real trainings: digits, local and exact, through ``fastlocal train``'s own loop."""
+    missing = [name for name in ("sklearn", "yaml", "safetensors", "rich") if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"Missing: training needs {', '.join(missing)}, which this machine does not have.")
+        return 0
+    import torch
+
+    from fastlocal.profiling.throughput import available_kernels, default_device
+    from fastlocal.train import loop
+    from fastlocal.train.config import TrainConfig
+
+    cuda = torch.cuda.is_available()
+    size = {"epochs": 15, "amp": True} if cuda else {"epochs": 2, "train_limit": 512, "val_limit": 128}
+    implementations = sorted({name for name, _ in available_kernels(default_device())}, reverse=True)
+    campaign = Campaign(results.card_folder(output) / "train.jsonl", budget)
+    jobs = []
+    for implementation in implementations:
+        for objective in ("feature", "end-to-end"):
+            given = {"data": "digits", "modules": 4, "objective": objective, "kernels": implementation, **size}
+            jobs.append(({"bench": "train", **given}, given))
+    for given in campaign.todo(jobs):
+        with tempfile.TemporaryDirectory() as folder:
+            begun = time.perf_counter()
+            summary = loop.run(TrainConfig.of(**given, output=folder))
+        figures = {"accuracy": list(summary.accuracy), "best_accuracy": summary.best_accuracy}
+        campaign.add({"bench": "train", **given, **figures, "seconds": time.perf_counter() - begun})
+    done = [row for key, _ in jobs if (row := campaign.find(key)) is not None]
+    print(f"\n{train_table(done)}")
+    return int(any(not math.isfinite(row["best_accuracy"]) or row["best_accuracy"] <= 0.2 for row in done))
+
+
+def train_table(rows: list[dict[str, Any]]) -> str:
+    """Accuracy and time of the short trainings."""
+    keys = ("data", "objective", "modules", "kernels", "epochs", "best_accuracy", "seconds")
+    return (
+        results.markdown_table(rows, {key: key.replace("_", " ") for key in keys}) if rows else "Nothing was trained."
+    )
+
+
+def _within(budget: float | None) -> list[str]:
+    return [] if budget is None else ["--budget", str(budget)]
+
+
+PARTS: dict[str, Callable[[Path, float | None], int]] = {
+    "correctness": correctness,
+    "kernels": kernels,
+    "memory": meter,
+    "throughput": throughput,
+    "caps": caps,
+    "train": train,
+}
+
+
+def main(argv: list[str]) -> int:
+    """Run one part, or list them; returns 0 if all is well, 1 if something is wrong, 2 for bad input."""
+    parser = ArgumentParser(prog="gpu_suite", description=__doc__)
+    parser.add_argument("part", choices=[*PARTS, "list"])
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="stop in time; the next call goes on")
+    parser.add_argument("--output", type=Path, default=results.RESULTS, help="folder of the results (%(default)s)")
+    arguments = parser.parse_args(argv)
+    if arguments.part == "list":
+        print(" ".join(PARTS))
+        return 0
+    try:
+        return PARTS[arguments.part](arguments.output, arguments.budget)
+    except UserError as error:
+        print(f"gpu_suite: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
