@@ -7,6 +7,8 @@ are in `window_attention_triton`.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
@@ -203,7 +205,7 @@ _forward.register_autograd(_autograd, setup_context=_setup_context)
 def _forward_flops(
     qkv: torch.Size, bias_table: torch.Size, num_heads: int, window_h: int, window_w: int, *args: object, **_: object
 ) -> int:
-    return 4 * qkv.numel() // 3 * window_h * window_w
+    return 4 * math.prod(qkv) // 3 * window_h * window_w
 
 
 @register_flop_formula(torch.ops.fastlocal.window_attention_backward)

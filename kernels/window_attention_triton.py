@@ -349,8 +349,8 @@ def _blocks(kernel: Any, tokens: int, head_dim: int) -> _Blocks:
         if head_dim <= 32:
             return _Blocks(row, row, num_warps=row // 16, num_stages=1, resident=2)
         return _Blocks(32, row, num_warps=4, num_stages=2, resident=2)
-    if kernel is _forward and head_dim <= 32:
-        return _Blocks(16, row, num_warps=4, num_stages=1, resident=3)
+    if head_dim <= 32:
+        return _Blocks(16, row, num_warps=4, num_stages=1, resident=3 if kernel is _forward else 2)
     return _Blocks(32 if kernel is _forward else 16, row, num_warps=8, num_stages=1, resident=1)
 
 
