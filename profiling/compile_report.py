@@ -20,7 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,19 +126,18 @@ def compile_report(report_file: Path, architectures: list[str] | None = None, on
         if not selected:
             raise ValueError(f"no kernel configuration has {only!r} in its name.")
         missing = {
-            (key, architecture): pool.submit(_measure, name, key, architecture)
+            pool.submit(_measure, name, key, architecture): (key, architecture)
             for name, key, architecture in selected
             if current[key, architecture] is None
         }
         try:
-            for done, (place, future) in enumerate(missing.items(), 1):
-                current[place] = future.result()
+            for done, future in enumerate(as_completed(missing), 1):
+                current[missing[future]] = future.result()
                 print(f"\rcompiled {done}/{len(missing)}", end="", file=sys.stderr, flush=True)
         finally:
             if missing:
                 print(file=sys.stderr)
-            for future in missing.values():
-                future.cancel()
+            pool.shutdown(wait=False, cancel_futures=True)
             _write_report(report_file, [m for m in current.values() if m is not None])
     return [m for _, key, architecture in selected if (m := current[key, architecture]) is not None]
 
@@ -208,9 +207,15 @@ def _list_cases() -> list[tuple[str, str, str]]:
 
 
 def _architectures_of(case: CompileCase) -> list[str]:
-    """Where a case ships: below compute capability 8.0 only kernels without a product, and never bfloat16."""
-    old = not case.has_dot and "bfloat16" not in str(case.dtype)
-    return [name for name, architecture in ARCHITECTURES.items() if architecture.capability >= 80 or old]
+    """Where a case is reported: everywhere from compute capability 8.0, and on 7.5 without a product or bfloat16.
+
+    Products in float32 are left out: exact ones run without tensor cores, for checking, and may spill.
+    """
+    dtype = str(case.dtype).removeprefix("torch.")
+    if case.has_dot and dtype == "float32":
+        return []
+    lowest = 80 if case.has_dot or dtype == "bfloat16" else 75
+    return [name for name, architecture in ARCHITECTURES.items() if architecture.capability >= lowest]
 
 
 def _key(case: CompileCase) -> str:

@@ -181,7 +181,7 @@ def _mm_float32(left: Tensor, right: Tensor) -> Tensor:
 def table(comparisons: list[Comparison]) -> str:
     """The comparisons as Markdown, and what the columns mean."""
     legend = (
-        f"Batch {BATCH}, two-byte elements (bfloat16 or float16). *Compulsory*: inputs read once, outputs written once; "
+        f"Batch {BATCH}, two-byte elements (bfloat16, float16). *Compulsory*: inputs read once, outputs written once; "
         "a backward reads the inputs again. *Ours*: each 32-byte sector once per kernel launch and direction; loads "
         "that other programs of the same launch repeat (keys and values in every block of queries, the bias table in "
         "every window) are hits in a card's L2 cache; *every access* counts those too. *Workspace*: the part of ours "

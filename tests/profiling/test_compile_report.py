@@ -1,0 +1,186 @@
+"""The compile report: what it measures is right, what it refuses is right, and every shipped kernel passes it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fastlocal.kernels.cases import CompileCase
+from fastlocal.profiling import compile_report
+from fastlocal.profiling.cli import bench
+from fastlocal.profiling.compile_report import ARCHITECTURES, Measurement
+
+COMMITTED = Path(__file__).parents[2] / "profiling/results/compile/report.json"
+
+GOOD = Measurement(
+    case="product, bfloat16",
+    architecture="sm_90",
+    dtype="bfloat16",
+    has_dot=True,
+    warps=4,
+    registers=100,
+    spill_bytes=0,
+    shared_bytes=16384,
+    shared_limit=ARCHITECTURES["sm_90"].shared_bytes_per_block,
+    tensor_core_instructions=4,
+    blocks_per_multiprocessor=5,
+    occupancy=0.3,
+    error=None,
+    key="0123",
+)
+
+
+@pytest.mark.parametrize("architecture", ["sm_86", "sm_90"])  # the least shared memory, and other tensor cores
+def test_shipped_kernels(architecture: str, tmp_path: Path) -> None:
+    """No spills, shared memory within the limit, tensor cores. What the committed report knows is not redone."""
+    report = tmp_path / "report.json"
+    if COMMITTED.exists():
+        shutil.copy(COMMITTED, report)
+    measurements = compile_report.compile_report(report, [architecture], only="bfloat16")
+    assert {m.case.split()[0].split(",")[0] for m in measurements} >= {
+        "attention",
+        "reconstruction_loss",
+        "window_attention",
+    }
+    assert {f"{m.case} on {m.architecture}": m.problems for m in measurements if m.problems} == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"spill_bytes": 8}, "spills 8 bytes per thread"),
+        ({"shared_bytes": 300_000}, "needs 300000 bytes of shared memory, the limit is 232448"),
+        ({"tensor_core_instructions": 0}, "has no tensor-core instructions"),
+        ({"error": "out of luck"}, "does not compile: out of luck"),
+    ],
+)
+def test_problems(change: dict[str, Any], problem: str) -> None:
+    assert GOOD.problems == []
+    assert replace(GOOD, **change).problems == [problem]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "has_dot", "lowest"),
+    [
+        (torch.bfloat16, True, "sm_80"),
+        (torch.float16, True, "sm_80"),
+        (torch.float32, True, None),
+        (torch.float32, False, "sm_75"),
+        (torch.bfloat16, False, "sm_80"),
+    ],
+)
+def test_where_a_kernel_is_reported(dtype: torch.dtype, has_dot: bool, lowest: str | None) -> None:
+    case = CompileCase("", None, {}, {}, 4, 1, dtype, has_dot)
+    assert (compile_report._architectures_of(case) or [None])[0] == lowest
+
+
+@pytest.mark.parametrize(
+    ("architecture", "warps", "registers", "shared", "blocks"),
+    [
+        ("sm_80", 4, 64, 0, 8),  # 65536 registers / (64 · 32 · 4)
+        ("sm_80", 4, 65, 0, 7),  # 65 round up to 72
+        ("sm_80", 1, 16, 0, 32),  # the limit on blocks
+        ("sm_86", 8, 32, 0, 6),  # 48 warps
+        ("sm_86", 4, 32, 32 * 1024, 3),  # 100 KiB, and 1 KiB of each block's 33 is the system's
+        ("sm_90", 4, 255, 0, 2),
+    ],
+)
+def test_resident_blocks(architecture: str, warps: int, registers: int, shared: int, blocks: int) -> None:
+    assert compile_report.resident_blocks(ARCHITECTURES[architecture], warps, registers, shared) == blocks
+
+
+def _function(name: str, source: str, **names: Any) -> Any:
+    """As much of a JIT function as the key looks at; in this process they are interpreted and have no source."""
+    return SimpleNamespace(__name__=name, src=source, fn=SimpleNamespace(__globals__=names))
+
+
+def test_key_follows_the_code_and_not_its_comments() -> None:
+    def sources(body: str, helper: str, size: int) -> list[str]:
+        names = {"helper": _function("helper", helper), "SIZE": SimpleNamespace(value=size)}
+        return compile_report._sources(_function("kernel", f"def kernel(x):\n{body}", **names), set())
+
+    plain = sources("    return helper() + SIZE", "def helper():\n    return 1", 3)
+    assert sources("    # why\n    return helper() + SIZE", "def helper():\n    return 1", 3) == plain
+    assert sources("    return helper() + SIZE", "def helper():\n    return 2", 3) != plain
+    assert sources("    return helper() + SIZE", "def helper():\n    return 1", 4) != plain
+
+
+def test_report_file_keeps_its_rows(tmp_path: Path) -> None:
+    report = tmp_path / "deep" / "report.json"
+    rows = [GOOD, replace(GOOD, architecture="sm_80", error="too large")]
+    compile_report._write_report(report, rows)
+    assert compile_report.read_report(report) == rows
+    content = json.loads(report.read_text())
+    assert content["origin"]["triton"]
+    content["rows"][0].pop("occupancy")  # written by another version
+    report.write_text(json.dumps(content))
+    assert compile_report.read_report(report) == rows[1:]
+
+
+def test_table_has_one_row_a_case_and_marks_spills() -> None:
+    rows = [GOOD, replace(GOOD, architecture="sm_80", spill_bytes=16), replace(GOOD, case="other", error="no")]
+    lines = compile_report.table(rows).splitlines()
+    assert len(lines) == 2 + 2 + 2
+    assert "**16**" in lines[2]
+    assert "100 · 0 · 16 · 4 · 30%" in lines[2]
+    assert "does not compile" in lines[3]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--architectures", "sm_70"], "--architectures must be among sm_75, "),
+        (["--only", "no such kernel"], "--only: no kernel configuration has 'no such kernel' in its name."),
+    ],
+)
+def test_bad_input(arguments: list[str], sentence: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench(["kernels", "--compile-report", "--output", str(tmp_path), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert len(error.splitlines()) == 1
+
+
+SCRATCH = """
+import json, torch, triton, triton.language as tl
+from fastlocal.kernels.cases import CompileCase
+from fastlocal.profiling.compile_report import ARCHITECTURES, measure
+
+@triton.jit
+def product(a, b, c, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+    i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
+    x, y = tl.load(a + i * SIZE + j), tl.load(b + i * SIZE + j)
+    tl.store(c + i * SIZE + j, tl.dot(x, y, input_precision=PRECISION))
+
+def rows(dtype, pointer, size, warps):
+    signature = {"a": pointer, "b": pointer, "c": "*fp32"}
+    case = CompileCase("product", product, signature, {"SIZE": size, "PRECISION": "ieee"}, warps, 1, dtype, True)
+    return [vars(measure(case, ARCHITECTURES[name], "")) for name in ("sm_80", "sm_90", "sm_100")]
+
+print(json.dumps([rows(torch.bfloat16, "*bf16", 64, 4), rows(torch.float32, "*fp32", 64, 1)]))
+"""
+
+
+def test_measures_compiled_code(tmp_path: Path) -> None:
+    """A small product of bfloat16 is clean on three generations of tensor cores; a huge one in float32 spills."""
+    script = tmp_path / "scratch.py"
+    script.write_text(SCRATCH)
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=True)
+    small, huge = ([Measurement(**row) for row in rows] for rows in json.loads(result.stdout))
+    for measurement in small:
+        assert measurement.problems == []
+        assert measurement.tensor_core_instructions > 0
+        assert 16 < measurement.registers <= 255
+        assert 0 < measurement.occupancy <= 1
+    assert all(measurement.spill_bytes > 0 and measurement.registers == 255 for measurement in huge)
+    assert all(measurement.tensor_core_instructions == 0 for measurement in huge)
