@@ -345,7 +345,8 @@ def _blocks(kernel: Any, tokens: int, head_dim: int) -> _Blocks:
         return _Blocks(16, row, num_warps=1, num_stages=2 if kernel is _forward else 1, resident=12)
     if row <= 64:
         if kernel is _forward:
-            return _Blocks(row, row, num_warps=row // 16, num_stages=2, resident=3)
+            wide = head_dim > 64
+            return _Blocks(row, row, num_warps=row // 8 if wide else row // 16, num_stages=2, resident=1 if wide else 3)
         if head_dim <= 32:
             return _Blocks(row, row, num_warps=row // 16, num_stages=1, resident=2)
         return _Blocks(32, row, num_warps=4, num_stages=2, resident=2)
