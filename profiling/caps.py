@@ -213,7 +213,8 @@ def run(arguments: Any, folder: Path) -> int:
         row = campaign.add({**key, "cap_text": caps[key["cap"]], "name": name(setup), "error": None, **found})
         print(f"{row['model']}, {row['name']}, {row['cap_text']}: {_cell(row)}", flush=True)
     for model in arguments.model:
-        rows = [row for key, _ in jobs if key["model"] == model and (row := campaign.find(key)) is not None]
+        done = (campaign.find(key) for key, _ in jobs if key["model"] == model)
+        rows = [one for one in done if one is not None]
         print(f"\n{model}\n\n{table(rows)}")
     if campaign.left:
         print(f"\nOut of time with {campaign.left} points left; the same command goes on with them.")

@@ -43,8 +43,8 @@ def main(argv: list[str]) -> int:
 
 
 _PREAMBLE = (
-    "Written by `fastlocal bench report` from the rows (`*.jsonl`) beside it; do not edit. Figures of different cards are "
-    "never in one table. Every row's commit is the state of this repository it was measured at."
+    "Written by `fastlocal bench report` from the rows (`*.jsonl`) beside it; do not edit. No table mixes cards. "
+    "Every row's commit is the state of this repository it was measured at."
 )
 
 
@@ -66,7 +66,7 @@ def read_card(folder: Path) -> list[dict[str, Any]]:
             raise UserError(f"{path} has a line that is not JSON; repair or remove it.") from None
         for row in rows:
             if (bench := row.get("bench")) in IDENTITY:
-                latest[bench, *(str(row.get(name)) for name in IDENTITY[bench])] = row
+                latest[(bench, *(str(row.get(name)) for name in IDENTITY[bench]))] = row
     names = sorted({row["card"] for row in latest.values()})
     if len(names) > 1:
         raise UserError(f"{folder} has rows of {' and of '.join(names)}; give each card a folder of its own.")
@@ -218,7 +218,7 @@ def _draw_roofline(rows: Sequence[Row], path: Path) -> str:
             if points:
                 reach += [x for x, _ in points]
                 label = f"{op}, {'fastlocal' if ours else 'rivals'}"
-                axes.scatter(*zip(*points, strict=True), c=colour, marker=mark, label=label, alpha=0.8)
+                axes.scatter([x for x, _ in points], [y for _, y in points], c=colour, marker=mark, label=label)
     if reach:
         ends = [min(reach) / 1.5, max(reach) * 1.5]
         axes.plot(ends, [x * roof / 1e12 for x in ends], color="black", label=f"copy, {roof / 1e12:.2f} TB/s")
@@ -242,7 +242,7 @@ def _draw_pareto(rows: Sequence[Row], path: Path) -> str:
         found = [(row["peak_mib"], row["images_per_s"]) for row in rows if row["family"] == family]
         if not found:
             continue
-        axes.scatter(*zip(*found, strict=True), c=colour, marker=mark, label=family, alpha=0.8)
+        axes.scatter([x for x, _ in found], [y for _, y in found], c=colour, marker=mark, label=family)
         axes.step(*zip(*front(found), strict=True), where="post", color=colour, linewidth=1, alpha=0.6)
     axes.set(xscale="log", xlabel="peak memory of a step, MiB", ylabel="images/s")
     axes.set_title(f"{_title(rows)}; {rows[0]['model']}, batch {rows[0]['batch_size']}")

@@ -1,7 +1,7 @@
 """The parts of ``bash profiling/gpu_suite.sh``: ``python -m fastlocal.profiling.suite PART [--budget SECONDS]``.
 
-Every part writes its rows at once, stops in time and goes on where it stopped (see `fastlocal.profiling.campaign`). With
-no card each part runs what it can on the CPU, with a tiny model, and says what is missing.
+Every part writes its rows at once, stops in time and goes on where it stopped (see `fastlocal.profiling.campaign`).
+With no card each part runs what it can on the CPU, with a tiny model, and says what is missing.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def correctness(output: Path, budget: float | None) -> int:
     device = default_device()
     obstacle = why_not_triton(device)
     implementation = "triton" if obstacle is None and device.type == "cuda" else "reference"
-    dtypes, chosen = (torch.float32, torch.bfloat16, torch.float16), workloads()
+    dtypes, chosen = [torch.float32, torch.bfloat16, torch.float16], workloads()
     if device.type == "cpu":
         dtypes, chosen = dtypes[:2], [workload for workload in chosen if workload.shape == "Swin-T stage 4"]
     if obstacle is not None:
@@ -97,16 +97,27 @@ def kernels(output: Path, budget: float | None) -> int:
 
 def meter(output: Path, budget: float | None) -> int:
     """The dry run, the meter and the planner against torch's own counters; returns 1 if one is further off than 5 %."""
+    import torch
+
     from fastlocal import planner
     from fastlocal.memory import Meter
-    from fastlocal.profiling.throughput import Setup, Training, available_kernels, baseline, default_device, release
+    from fastlocal.profiling.throughput import (
+        Setup,
+        Training,
+        available_kernels,
+        baseline,
+        create_model,
+        default_device,
+        release,
+    )
 
     device = default_device()
     cuda = device.type == "cuda"
     model, batch, micro = (MODEL, BATCH, MICRO_BATCH) if cuda else (TINY_MODEL, TINY_BATCH, TINY_MICRO_BATCH)
     if not cuda:
         print("Missing without a card: torch's own peak. The dry run is compared with the meter of a real step.")
-    skeleton = memory._model(model, None)
+    with torch.device("meta"):
+        skeleton = create_model(model, baseline())
     best = available_kernels(device)[0][0]
     local = Setup("local", micro, True, 4, "feature", "linear", "module", kernels=best)
     exact = replace(local, family="exact", objective="end-to-end", decoder="")

@@ -143,10 +143,7 @@ class Training:
         torch.manual_seed(0)
         self.model = create_model(model, setup, image_size)
         self.state: list[Any] = [self.model]
-        if setup.family == "rival":
-            self._step = self._rival()
-        else:
-            self._step = self._ours()
+        self._step: Callable[[Tensor, Tensor], object] = self._rival() if setup.family == "rival" else self._ours()
         self.batch_size = batch_size
 
     @property
@@ -199,7 +196,7 @@ class Training:
         setup, model, device = self.setup, self.model, self.device
         model.to(device)
         if setup.channels_last:
-            model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            model.to(memory_format=torch.channels_last)
         model.train()
         if setup.recompute:
             model.set_grad_checkpointing()  # type: ignore[operator]
@@ -218,7 +215,9 @@ class Training:
                 inputs = part.float().sub_(mean).div_(std) if part.dtype == torch.uint8 else part
                 with torch.autocast(device.type, self.amp_dtype, cache_enabled=not setup.tuned):
                     loss = cross_entropy(model(inputs), labels[start : start + size]) * (len(part) / len(images))
+                del inputs
                 scaler.scale(loss).backward()
+                del loss
             scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad(set_to_none=True)
@@ -257,7 +256,7 @@ def create_model(name: str, setup: Setup, image_size: int | None = None) -> nn.M
     try:
         config.set_fused_attn(setup.fused_attention > 0, experimental=setup.fused_attention > 1)
         fast_norm.set_fast_norm(True)
-        size = {"img_size": image_size} if image_size else {}
+        size: dict[str, Any] = {"img_size": image_size} if image_size else {}
         return timm.create_model(name, num_classes=memory.CLASSES, **size)
     finally:
         config.set_fused_attn(before[0] > 0, experimental=before[0] > 1)
@@ -505,7 +504,7 @@ def main(argv: list[str]) -> int:
             failed |= setup.family != "rival" and row["error"] != "out of memory"
         campaign.add(row)
         print(_progress(row), flush=True)
-    done = [row for key, _ in jobs if (row := campaign.find(key)) is not None]
+    done = [found for key, _ in jobs if (found := campaign.find(key)) is not None]
     for model in arguments.model:
         print(f"\n{model}, batch {arguments.batch_size}\n\n{table([row for row in done if row['model'] == model])}")
     if campaign.left:
