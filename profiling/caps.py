@@ -27,6 +27,7 @@ from fastlocal.profiling.throughput import (
     SAMPLE_SECONDS,
     Setup,
     Training,
+    asked_for,
     available_kernels,
     default_device,
     release,
@@ -187,10 +188,10 @@ def run(arguments: Any, folder: Path) -> int:
     for model in arguments.model:
         skeleton = memory._model(model, arguments.image_size)
         for setup in setups(max(memory._possible(skeleton, range(1, 65))), best, 2 if "swin" in model else 1):
-            if arguments.only in name(setup):
+            if asked_for(name(setup), arguments.only):
                 points += [(model, skeleton, setup, cap) for cap in caps]
     if not points:
-        raise UserError(f"--only: no set-up has {arguments.only!r} in its name.")
+        raise UserError(f"--only: no set-up has {' or '.join(map(repr, arguments.only))} in its name.")
 
     place = {"bench": "caps", "image_size": arguments.image_size, "batch_size": arguments.batch_size}
     jobs = []

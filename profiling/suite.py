@@ -193,7 +193,8 @@ def throughput(output: Path, budget: float | None) -> int:
         "Missing without a card: Triton kernels, torch.compile, reserved memory, and every figure that means something."
     )
     tiny = ["--model", TINY_MODEL, "--batch-size", str(TINY_BATCH), "--micro-batch", str(TINY_MICRO_BATCH)]
-    return bench([*options, *tiny, "--modules", "2", "--rounds", "2"])
+    few = ["--only", "checkpointing + accumulation", "residency module", "--modules", "2", "--rounds", "2"]
+    return bench([*options, *tiny, *few])
 
 
 def _trace(output: Path) -> int:
@@ -212,7 +213,7 @@ def caps(output: Path, budget: float | None) -> int:
     if torch.cuda.is_available():
         return bench([*options, "--cap", CAPS, "--model", *CAPPED_MODELS])
     print("Missing without a card: what trains under a limited allocator, and how fast.")
-    return bench([*options, "--cap", "4MiB,8MiB", "--model", TINY_MODEL, "--batch-size", str(TINY_BATCH)])
+    return bench([*options, "--cap", "4MiB", "--model", TINY_MODEL, "--batch-size", str(TINY_BATCH)])
 
 
 def train(output: Path, budget: float | None) -> int:
@@ -228,7 +229,7 @@ def train(output: Path, budget: float | None) -> int:
     from fastlocal.train.config import TrainConfig
 
     cuda = torch.cuda.is_available()
-    size = {"epochs": 15, "amp": True} if cuda else {"epochs": 2, "train_limit": 512, "val_limit": 128}
+    size = {"epochs": 15, "amp": True} if cuda else {"epochs": 3, "train_limit": 512, "val_limit": 128}
     implementations = sorted({name for name, _ in available_kernels(default_device())}, reverse=True)
     campaign = Campaign(results.card_folder(output) / "train.jsonl", budget)
     jobs = []

@@ -465,7 +465,13 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--micro-batch", type=int, default=8, help="samples in a part (%(default)s)")
     parser.add_argument("--modules", type=int, nargs="+", default=[2, 4], metavar="K", help="(2 4)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns with the baseline (%(default)s)")
-    parser.add_argument("--only", default="", metavar="TEXT", help="only set-ups with TEXT in their name")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        default=[],
+        metavar="TEXT",
+        help="only set-ups with one of these in their name, and plain E2E",
+    )
     parser.add_argument("--cap", metavar="SIZES", help="what trains on smaller cards, e.g. 2GiB,4GiB,6GiB,8GiB,12GiB")
     parser.add_argument("--trace", action="store_true", help="instead write a trace of --only's set-ups")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="stop in time; the next call goes on")
@@ -487,9 +493,10 @@ def main(argv: list[str]) -> int:
     device = default_device()
     chosen = [(model, setup) for model in arguments.model for setup in _setups(arguments, model, device)]
     if not chosen:
-        raise UserError(f"--only: no set-up has {arguments.only!r} in its name.")
+        raise UserError(f"--only: no set-up has {' or '.join(map(repr, arguments.only))} in its name.")
     if arguments.trace:
         return _trace_all(chosen, arguments, folder, device)
+    chosen = list(dict.fromkeys((model, setup) for model, known in chosen for setup in (baseline(), known)))
 
     campaign = Campaign(folder / "throughput.jsonl", arguments.budget)
     place = {"bench": "throughput", "image_size": arguments.image_size, "batch_size": arguments.batch_size}
@@ -527,7 +534,12 @@ def _setups(arguments: Any, model: str, device: torch.device) -> list[Setup]:
     ]
     # The baseline first, then one of ours for one of theirs: a session cut short still compares.
     mixed = [*known[:1], *_alternate(mine, known[1:])]
-    return [setup for setup in mixed if arguments.only in setup.label]
+    return [setup for setup in mixed if asked_for(setup.label, arguments.only)]
+
+
+def asked_for(label: str, only: Sequence[str]) -> bool:
+    """Whether ``--only`` asks for the set-up of this name."""
+    return not only or any(text in label for text in only)
 
 
 def _alternate(first: Sequence[Setup], second: Sequence[Setup]) -> Iterator[Setup]:
