@@ -61,12 +61,12 @@ MODELS: dict[str, tuple[str, dict[str, Any], int, int]] = {
 
 
 def build(name: str, dtype: torch.dtype = torch.float64) -> tuple[nn.Module, Tensor, int]:
-    """A model with bias tables that matter, an image batch, and how many layers can be swapped."""
+    """A model whose every parameter matters (Swin-V2 starts with its norms at zero), images, and the layers to swap."""
     architecture, arguments, side, layers = MODELS[name]
     torch.manual_seed(0)
     model = timm.create_model(architecture, num_classes=10, **arguments)
     for parameter_name, parameter in model.named_parameters():
-        if parameter_name.endswith(("bias_table", "q_bias", "v_bias", "qkv.bias")):
+        if parameter_name.endswith("bias_table") or not parameter.any():
             nn.init.normal_(parameter)
     return model.to(dtype), torch.randn(2, 3, side, side, dtype=dtype), layers
 
