@@ -10,11 +10,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastlocal.planner import Plan as Plan
+    from fastlocal.planner import plan as plan
     from fastlocal.trainer import LocalTrainer as LocalTrainer
 
 __version__ = "0.1.0"
-_HOMES = {"LocalTrainer": "fastlocal.trainer"}
-__all__ = ["LocalTrainer", "__version__"]
+_HOMES = {"LocalTrainer": "fastlocal.trainer", "Plan": "fastlocal.planner", "plan": "fastlocal.planner"}
+__all__ = ["LocalTrainer", "Plan", "__version__", "plan"]
 
 
 def __getattr__(name: str) -> Any:

@@ -111,15 +111,27 @@ class Residency:
                 if parameter in self._on_device:
                     self._write_back(parameter)
 
-    def park_optimizer_states(self) -> None:
-        """Move optimizer states that something else put on the device (loading a checkpoint does) back to the host."""
-        if self.keep == "all":
-            return
+    def park(self) -> None:
+        """Move home whatever is on the device and need not be, after a checkpoint was loaded or a step was cut off."""
+        for parameter in list(self._on_device):
+            self._drop(parameter)
         for optimizer in self.optimizers:
-            if optimizer is not None:
-                for parameter in list(optimizer.state):
-                    self._return_state(optimizer, parameter)
+            for parameter in list(optimizer.state) if optimizer is not None and self.keep != "all" else ():
+                self._return_state(optimizer, parameter)
         self.synchronize()
+
+    def release(self) -> None:
+        """Bring everything to the device for good, so that another `Residency` may take over."""
+        for parameter in list(self._host):
+            if parameter not in self._on_device:
+                parameter.data = self._to_device(self._host[parameter])
+        self._host.clear()
+        self._on_device.clear()
+        for optimizer in self.optimizers:
+            for state in optimizer.state.values() if optimizer is not None and self.keep != "all" else ():
+                for key, value in _large(state):
+                    state[key] = self._to_device(value)
+        self._await_copies()
 
     def synchronize(self) -> None:
         """Wait until the host copies are up to date, so that the CPU may read them."""

@@ -9,6 +9,7 @@ running each again with a graph and feeding it the gradient of its output.
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -24,7 +25,7 @@ from fastlocal import memory
 from fastlocal.backbone import backbone
 from fastlocal.decoders import DECODERS, Kind
 from fastlocal.heads import AuxiliaryHead
-from fastlocal.kernels import dispatch, use_kernels
+from fastlocal.kernels import accelerate, dispatch, use_kernels
 from fastlocal.kernels.dispatch import CHOICES, Choice
 from fastlocal.module import LocalModule, Recompute
 from fastlocal.objectives import OBJECTIVES, Features, Objective
@@ -88,6 +89,9 @@ class LocalTrainer:
         classification_weight: of the auxiliary cross-entropy, likewise.
         lookahead: blocks of the next module that each auxiliary head looks through and trains as well.
         compile: compile each module with torch.compile.
+
+    If the device runs out of memory during a step, the trainer halves its parts, says so in a warning, and goes on; gradients
+    do not depend on the size of the parts.
 
     Raises:
         ValueError: an argument is not one of the above, or the model is not supported.
@@ -168,7 +172,7 @@ class LocalTrainer:
                 self.ema.module.to(self.device)
         with use_kernels(kernels):
             fused = kernels != "reference" and dispatch.implementation(self.device) == "triton"
-        self.fused_layers = _accelerate(model) if fused else 0
+        self.fused_layers = _accelerate(model, required=kernels == "triton") if fused else 0
 
         self.modules = tuple(
             self._build(k, decoder, reconstruction, normalize_target, lookahead, recompute)
@@ -215,12 +219,17 @@ class LocalTrainer:
         for module in self.modules:
             module.train()
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-        record = _Recorder(len(images), self._exits, len(self.modules), self.device)
-        with use_kernels(self.kernels):
-            if self.objective.exact:
-                self._exact_step(images, labels, record)
-            else:
-                self._local_step(images, labels, record)
+        run = self._exact_step if self.objective.exact else self._local_step
+        while True:
+            record = _Recorder(len(images), self._exits, len(self.modules), self.device)
+            try:
+                with use_kernels(self.kernels):
+                    run(images, labels, record)
+                break
+            except torch.OutOfMemoryError:
+                if (self.micro_batch or len(images)) == 1:
+                    raise
+            self._halve_parts(len(images))
         if self.scaler.is_enabled() and self.optimizers:
             self.scaler.update()
         self.residency.synchronize()
@@ -305,7 +314,7 @@ class LocalTrainer:
             )
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
-        self.residency.park_optimizer_states()
+        self.residency.park()
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
         if self.ema is not None:
@@ -416,6 +425,22 @@ class LocalTrainer:
 
     def _leaf(self, k: int, x: Tensor) -> Tensor:
         return self._prepare(x) if k == 0 else x.detach().requires_grad_()
+
+    def _halve_parts(self, batch: int) -> None:
+        """After an out-of-memory error: leave nothing half-done behind, and go on with parts of half the size."""
+        for parameters in self._trained:
+            for parameter in parameters:
+                parameter.grad = None
+        self.residency.park()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        before = min(self.micro_batch or batch, batch)
+        self.micro_batch = -(-before // 2)
+        warnings.warn(
+            f"out of memory with parts of {before} samples; going on with parts of {self.micro_batch}. The batch is trained"
+            " on again, so the modules that had finished it see it twice.",
+            stacklevel=3,
+        )
 
     # What both steps use
 
@@ -673,7 +698,11 @@ def _check_fit(what: str, theirs: dict[str, Tensor], ours: dict[str, Tensor]) ->
             )
 
 
-def _accelerate(model: nn.Module) -> int:
-    from fastlocal.kernels import accelerate
-
-    return accelerate(model)
+def _accelerate(model: nn.Module, required: bool) -> int:
+    """Swap in fused attention; a model it cannot serve keeps timm's, unless it is ``required``."""
+    try:
+        return accelerate(model)
+    except ValueError:
+        if required:
+            raise
+        return 0
