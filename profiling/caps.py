@@ -36,27 +36,29 @@ from fastlocal.profiling.throughput import (
 )
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
 REFINEMENTS = 2  # bisections between the last power of two that trains and the first that does not
 POINT_SECONDS = 300  # after which a point is given up
-MODULES = (4, 8, 16)
+MODULES = (4, 16)
 
 
 def setups(blocks: int, kernels: str, fused_attention: int) -> list[Setup]:
-    """End-to-end rivals from the fastest to the most frugal, then exact and local training by modules.
+    """Local and exact training by modules, and end-to-end rivals from the fastest to the most frugal.
 
-    Rivals get the attention path ``fused_attention``; ours at each of `MODULES` that ``blocks`` allow.
+    Rivals get the attention path ``fused_attention``; ours come at each of `MODULES` that ``blocks`` allow. The first
+    ones first: a session cut short has what matters most.
     """
-    found = [
+    mine = []
+    for count in (count for count in MODULES if count <= blocks):
+        local = Setup("local", 1, True, count, "feature", "linear", "module", kernels=kernels)
+        mine += [local, replace(local, family="exact", objective="end-to-end", decoder="")]
+    theirs = [
         Setup("rival", micro, recompute, fused_attention=fused_attention)
         for micro, recompute in ((None, False), (None, True), (1, True))
     ]
-    for count in (count for count in MODULES if count <= blocks):
-        common = {"micro_batch": 1, "recompute": True, "modules": count, "residency": "module", "kernels": kernels}
-        found += [Setup(family="local", objective="feature", decoder="linear", **common)]  # type: ignore[arg-type]
-        found += [Setup(family="exact", **common)]  # type: ignore[arg-type]
-    return found
+    return [*mine[:2], *theirs, *mine[2:]]
 
 
 def name(setup: Setup) -> str:
@@ -173,15 +175,9 @@ def _in_own_process(point: Mapping[str, Any], seconds: float) -> dict[str, Any]:
 
 def run(arguments: Any, folder: Path) -> int:
     """All points of ``--cap``: models × set-ups × caps, from the largest cap down; returns the exit code."""
-    from fastlocal.planner import parse_bytes
-
-    texts = [text.strip() for text in arguments.cap.split(",")]
-    try:
-        caps = dict(sorted(((parse_bytes(text), text) for text in texts), reverse=True))
-    except ValueError as error:
-        raise UserError(f"--cap: {error}") from None
-    campaign = Campaign(folder / "caps.jsonl", arguments.budget)
     device = default_device()
+    caps = _sizes(arguments.cap, device)
+    campaign = Campaign(folder / "caps.jsonl", arguments.budget)
     best = available_kernels(device)[0][0]
     # The largest cap first: what does not train there need not be tried below.
     points = []
@@ -220,6 +216,25 @@ def run(arguments: Any, folder: Path) -> int:
     if campaign.left:
         print(f"\nOut of time with {campaign.left} points left; the same command goes on with them.")
     return 0
+
+
+def _sizes(given: str, device: torch.device) -> dict[int, str]:
+    """Bytes -> text of the sizes in ``--cap``, the largest first; "all" is the whole card."""
+    import torch
+
+    from fastlocal.planner import parse_bytes
+
+    sizes: dict[int, str] = {}
+    for text in (part.strip() for part in given.split(",")):
+        if text == "all" and device.type == "cuda":
+            sizes[torch.cuda.get_device_properties(device).total_memory] = text
+            continue
+        try:
+            sizes[parse_bytes(text)] = text
+        except ValueError:
+            accepted = "sizes such as 4GiB, or all on a card"
+            raise UserError(f"--cap must be {accepted}, separated by commas; got {text!r}.") from None
+    return dict(sorted(sizes.items(), reverse=True))
 
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -21,14 +21,14 @@ for part in "${parts[@]}"; do
     esac
 done
 
+suite="$PWD/profiling/suite.py"
 # From outside, because inside the checkout ./fastlocal is found without its siblings.
 installed() {
     (cd / && "$python" -c 'import importlib.util as u, sys
 try: found = u.find_spec("fastlocal.profiling.suite")
 except ImportError: found = None
-sys.exit(found is None or found.origin != sys.argv[1])' "$PWD_OF_SUITE")
+sys.exit(found is None or found.origin != sys.argv[1])' "$suite")
 }
-PWD_OF_SUITE="$PWD/profiling/suite.py"
 if ! installed; then
     # No registry is asked: what is there is used, torch above all.
     "$python" -m pip install -q --no-deps --no-build-isolation -e . || exit 2
@@ -55,7 +55,11 @@ for part in "${parts[@]}"; do
 done
 
 printf '\n=== report ===\n'
-"$python" -m fastlocal.profiling report --output "$output" || status=1
+if compgen -G "$output/*/*.jsonl" >/dev/null; then
+    "$python" -m fastlocal.profiling report --output "$output" || status=1
+else
+    echo "Nothing was measured."
+fi
 printf '\n| part        | outcome          | seconds |\n|-------------|------------------|--------:|\n'
 for part in "${parts[@]}"; do
     printf '| %-11s | %-16s | %7d |\n' "$part" "${outcome[$part]}" "${seconds[$part]}"

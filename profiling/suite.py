@@ -29,7 +29,7 @@ CAPPED_MODELS = [
     *("vit_huge_patch14_224", "swin_tiny_patch4_window7_224", "vit_base_patch16_224", "vit_gigantic_patch14_224"),
     *("swin_base_patch4_window7_224", "vit_large_patch16_224"),
 ]
-CAPS = "2GiB,4GiB,6GiB,8GiB,12GiB"
+CAPS = "2GiB,4GiB,6GiB,8GiB,12GiB,all"
 
 
 def correctness(output: Path, budget: float | None) -> int:
@@ -271,15 +271,12 @@ PARTS: dict[str, Callable[[Path, float | None], int]] = {
 
 
 def main(argv: list[str]) -> int:
-    """Run one part, or list them; returns 0 if all is well, 1 if something is wrong, 2 for bad input."""
+    """Run one part; returns 0 if all is well, 1 if something is wrong, 2 for bad input."""
     parser = ArgumentParser(prog="gpu_suite", description=__doc__)
-    parser.add_argument("part", choices=[*PARTS, "list"])
+    parser.add_argument("part", choices=PARTS)
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="stop in time; the next call goes on")
     parser.add_argument("--output", type=Path, default=results.RESULTS, help="folder of the results (%(default)s)")
     arguments = parser.parse_args(argv)
-    if arguments.part == "list":
-        print(" ".join(PARTS))
-        return 0
     try:
         return PARTS[arguments.part](arguments.output, arguments.budget)
     except UserError as error:

@@ -472,7 +472,7 @@ def main(argv: list[str]) -> int:
         metavar="TEXT",
         help="only set-ups with one of these in their name, and plain E2E",
     )
-    parser.add_argument("--cap", metavar="SIZES", help="what trains on smaller cards, e.g. 2GiB,4GiB,6GiB,8GiB,12GiB")
+    parser.add_argument("--cap", metavar="SIZES", help="what trains on smaller cards, e.g. 2GiB,4GiB,8GiB,all")
     parser.add_argument("--trace", action="store_true", help="instead write a trace of --only's set-ups")
     parser.add_argument("--budget", type=float, metavar="SECONDS", help="stop in time; the next call goes on")
     parser.add_argument("--output", type=Path, default=results.RESULTS, help="folder of the results (%(default)s)")

@@ -15,6 +15,7 @@ from fastlocal.profiling.throughput import Setup, baseline
 
 ORIGIN = {"card": "NVIDIA H100", "driver": "600.1", "torch": "2.11.0", "triton": "3.6.0", "commit": "abc"}
 ORIGIN["date"] = "2026-11-22T10:00:00+00:00"
+CHECK = {"bench": "correctness", "op": "attention", "shape": "ViT-B/16", "dtype": "float16"}
 LOCAL = Setup("local", 8, True, 4, "feature", "linear", "module", kernels="triton")
 
 
@@ -42,9 +43,9 @@ def card(tmp_path: Path) -> Path:
     folder = tmp_path / "nvidia-h100"
     _write(folder, "throughput", _throughput(baseline()), _throughput(LOCAL, images_per_s=1000.0, peak_mib=300.0))
     _write(folder, "kernels", _kernels("window_attention", "Swin-T stage 1"))
-    _write(folder, "kernels", {**_kernels("window_attention", "Swin-T stage 1"), "direction": "check"})
-    check = {"bench": "correctness", "op": "attention", "shape": "ViT-B/16", "dtype": "float16"}
-    _write(folder, "correctness", {**check, "implementation": "triton", "error": "the output is off"})
+    right = {"provider": "fastlocal", "direction": "check", "error": None}
+    _write(folder, "kernels", {**CHECK, "bench": "kernels", **right})
+    _write(folder, "correctness", {**CHECK, "implementation": "triton", "error": "the output is off"})
     cap = {"bench": "caps", "model": "swin", "image_size": None, "batch_size": 64, "name": "E2E", "error": None}
     fits = {"cap": 2**32, "cap_text": "4GiB", "trains": True, "largest": 48, "images_per_s": 812.0, "measured": True}
     fails = {"cap": 2**31, "cap_text": "2GiB", "trains": False, "largest": 0, "measured": True}

@@ -296,7 +296,10 @@ def test_a_point_that_dies_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--only", "nothing like it"], "--only: no set-up has 'nothing like it' in its name"),
         (["--modules", "99"], "cannot be cut into any of [99] modules"),
         (["--trace"], "--trace needs --only TEXT"),
-        (["--cap", "4 apples"], "--cap: memory must be a positive size"),
+        (
+            ["--cap", "4 apples"],
+            "--cap must be sizes such as 4GiB, or all on a card, separated by commas; got '4 apples'",
+        ),
     ],
 )
 def test_a_mistake_gets_a_sentence(

@@ -1,0 +1,128 @@
+"""The suite: its parts judge what they measure and go on where they stopped; the script says what is missing."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from fastlocal.profiling import kernel_timing, results, suite, workloads
+from fastlocal.profiling.workloads import OURS, Provider, Workload
+
+SCRIPT = Path(suite.__file__).with_name("gpu_suite.sh")
+LOSS = Workload("reconstruction_loss", "Swin-T stage 4", workloads._reconstruction_loss(4, 16, 2, 8))
+
+
+def _rows(output: Path, name: str) -> list[dict[str, Any]]:
+    return results.read_rows(next(output.glob(f"*/{name}.jsonl")))
+
+
+def _run(output: Path, *parts: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": sys.executable, "OUTPUT": str(output), "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(["bash", str(SCRIPT), *parts], capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_the_script_knows_every_part() -> None:
+    assert f'known="{" ".join(suite.PARTS)}"' in SCRIPT.read_text()
+
+
+def test_an_unknown_part_gets_a_sentence(tmp_path: Path) -> None:
+    done = _run(tmp_path, "kernels", "everything")
+    assert done.returncode == 2
+    assert done.stderr.startswith("gpu_suite: there is no part 'everything'; there are: correctness kernels")
+    assert not done.stdout
+
+
+def test_without_a_card_the_script_says_what_is_missing(tmp_path: Path) -> None:
+    done = _run(tmp_path, "kernels")
+    assert done.returncode == 0, done.stderr
+    assert "Missing without a card: the timing of every fused op" in done.stdout
+    assert "| kernels     | ok " in done.stdout
+    assert not list(tmp_path.iterdir())
+
+
+def test_correctness_is_checked_once_per_commit_and_a_wrong_op_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(workloads, "workloads", lambda: [LOSS])
+    assert suite.correctness(tmp_path, None) == 0
+    assert [(row["dtype"], row["error"]) for row in _rows(tmp_path, "correctness")] == [
+        ("float32", None),
+        ("bfloat16", None),
+    ]
+
+    def off(*arguments: Any) -> workloads.Problem:
+        problem = LOSS.problem(*arguments)
+        right = problem.providers[OURS]
+        wrong = Provider(lambda: right.run() * 1.1, right.leaves) if arguments[1] != torch.float64 else right
+        return replace(problem, providers={**problem.providers, OURS: wrong})
+
+    monkeypatch.setattr(workloads, "workloads", lambda: [replace(LOSS, problem=off)])
+    assert suite.correctness(tmp_path, None) == 0  # all there already
+    assert len(_rows(tmp_path, "correctness")) == 2
+    assert suite.correctness(tmp_path / "again", None) == 1
+    assert all("relative error" in row["error"] for row in _rows(tmp_path / "again", "correctness"))
+    assert "2 wrong" in capsys.readouterr().out
+
+
+def test_kernels_are_timed_a_workload_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    timed = []
+
+    def time_kernels(bench: object, chosen: list[Workload], path: Path) -> None:
+        timed.extend(chosen)
+        row = {"bench": "kernels", "op": chosen[0].op, "shape": chosen[0].shape, "dtype": "bfloat16", "provider": OURS}
+        results.append_row(path, {**row, "direction": "check", "error": "off" if chosen[0] is LOSS else None})
+
+    other = replace(LOSS, shape="another")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(results, "origin", lambda: dict.fromkeys(("card", "torch", "triton", "commit"), "a"))
+    monkeypatch.setattr(kernel_timing, "cuda_bench", object)
+    monkeypatch.setattr(kernel_timing, "time_kernels", time_kernels)
+    monkeypatch.setattr(workloads, "workloads", lambda: [other])
+    assert suite.kernels(tmp_path, None) == 0
+    monkeypatch.setattr(workloads, "workloads", lambda: [other, LOSS])
+    assert suite.kernels(tmp_path, None) == 1  # LOSS is off
+    assert timed == [other, LOSS]
+
+
+def test_the_dry_run_and_the_meter_agree(tmp_path: Path) -> None:
+    assert suite.meter(tmp_path, None) == 0
+    rows = _rows(tmp_path, "meter")
+    assert {row["setup"]["family"] for row in rows} == {"rival", "local", "exact"}
+    assert all(abs(row["predicted_of_true"] - 1) < 0.05 for row in rows)
+    assert len({round(row["metered_mib"], 2) for row in rows}) == len(rows)
+
+
+def test_training_is_judged_by_its_accuracy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from fastlocal.train import loop
+
+    configs = []
+
+    def run(config: Any) -> Any:
+        configs.append(config)
+        best = 0.9 if config.objective == "feature" else 0.1
+        return SimpleNamespace(accuracy=(0.5, best), best_accuracy=best)
+
+    monkeypatch.setattr(loop, "run", run)
+    assert suite.train(tmp_path, None) == 1  # a tenth is chance
+    assert [config.objective for config in configs] == ["feature", "end-to-end"]
+    assert not any(Path(config.output).exists() for config in configs)
+    assert "0.9" in capsys.readouterr().out
+
+
+def test_training_without_its_packages_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    find = suite.importlib.util.find_spec
+    monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: None if name == "yaml" else find(name))
+    assert suite.train(tmp_path, None) == 0
+    assert "training needs yaml, which this machine does not have" in capsys.readouterr().out
