@@ -89,8 +89,9 @@ def workspace_bytes(hidden: Tensor, weight: Tensor, target: Tensor) -> int:
     tokens, pixels = hidden.numel() // channels, outputs // target.shape[-1]
     elements = min(tokens, _tile_tokens(outputs, channels, hidden.device)) * max(outputs, channels)
     sums = _accumulate_dtype(hidden.dtype).itemsize
-    if _implementation(hidden) == "triton":  # the gradient, and hidden where it must be copied; a normalized target's
-        tile = 2 * hidden.dtype.itemsize * elements + tokens * (8 * pixels + 4 * -(-outputs // 64))  # two statistics
+    if _implementation(hidden) == "triton":  # the gradient, hidden where it must be copied, and the kernel's small sums
+        small = tokens * (8 * pixels + 4 * -(-outputs // 64)) + elements // 16
+        tile = 2 * hidden.dtype.itemsize * elements + small
     else:  # the residual, the target and the normalized target
         tile = 3 * sums * elements
     cast_weight = weight.numel() * hidden.dtype.itemsize * (weight.dtype != hidden.dtype)
@@ -216,14 +217,19 @@ def _backward(
     patches = _patches(target, upsample)
     for tile in _tiles(hidden, weight.shape[0]):
         gradient = tile_gradient(
-            hidden[tile], cast_weight, bias, patches[tile], upstream[tile[0]], kind, normalize_target
+            hidden[tile],
+            cast_weight,
+            bias,
+            patches[tile],
+            upstream[tile[0]],
+            kind,
+            normalize_target,
+            d_bias if needs_bias else None,
         )
         if needs_hidden:
             torch.mm(gradient, cast_weight, out=d_hidden[tile].view(-1, hidden.shape[-1]))
         if needs_weight:
             _add_product(d_weight, gradient, hidden[tile].flatten(0, 2))
-        if needs_bias:
-            d_bias += gradient.sum(0, dtype=sums)
     return d_hidden, d_weight.to(weight.dtype), d_bias if bias is None else d_bias.to(bias.dtype)
 
 
@@ -343,9 +349,19 @@ def _reference_loss(
 
 
 def _reference_gradient(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, upstream: Tensor, kind: str, normalize: bool
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    upstream: Tensor,
+    kind: str,
+    normalize: bool,
+    d_bias: Tensor | None,
 ) -> Tensor:
-    """The loss's gradient by the reconstruction, [tokens, r·r·Ct] in hidden's dtype, for ``upstream`` [b]."""
+    """The loss's gradient by the reconstruction, [tokens, r·r·Ct] in hidden's dtype, for ``upstream`` [b].
+
+    Its sum over the tokens is added to ``d_bias``.
+    """
     slope = _reference_residual(hidden, weight, bias, target, normalize)
     if kind == "mse":
         slope.mul_(2)
@@ -353,4 +369,7 @@ def _reference_gradient(
         slope.sign_()
     else:
         slope.clamp_(-1, 1)
-    return slope.mul_(upstream[:, None, None]).to(hidden.dtype).flatten(0, 1)
+    slope = slope.mul_(upstream[:, None, None]).flatten(0, 1)
+    if d_bias is not None:
+        d_bias += slope.sum(0)
+    return slope.to(hidden.dtype)

@@ -32,11 +32,11 @@ def _offset(token, height, width, batch_stride, row_stride, column_stride):
 
 @triton.jit
 def _residual_kernel(
-    hidden_ptr, weight_ptr, bias_ptr, target_ptr, mean_ptr, rstd_ptr, upstream_ptr, out_ptr,
+    hidden_ptr, weight_ptr, bias_ptr, target_ptr, mean_ptr, rstd_ptr, upstream_ptr, d_bias_ptr, out_ptr,
     tokens, height, width, channels,
     hidden_batch, hidden_row, hidden_column,
     target_batch, target_row, target_column, target_patch_row, target_patch_column, target_channel,
-    BACKWARD: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, NORMALIZE: tl.constexpr,
+    BACKWARD: tl.constexpr, KIND: tl.constexpr, HAS_BIAS: tl.constexpr, SUM_BIAS: tl.constexpr, NORMALIZE: tl.constexpr,
     UPCAST: tl.constexpr, UNIT: tl.constexpr, UPSAMPLE: tl.constexpr, TARGET_CHANNELS: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr, BLOCK_OUTPUTS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
@@ -86,6 +86,9 @@ def _residual_kernel(
         else:
             gradient = clipped
         gradient *= tl.load(upstream_ptr + token // (height * width), mask=token_mask, other=0.0)[:, None]
+        if SUM_BIAS:
+            row = tl.cast(tl.program_id(0) // blocks, tl.int64) * OUTPUTS
+            tl.store(d_bias_ptr + row + output, tl.sum(gradient, 0), mask=output_mask)
         out_ptr += tl.cast(token, tl.int64)[:, None] * OUTPUTS + output[None, :]
         tl.store(out_ptr, gradient.to(out_ptr.dtype.element_ty), mask=mask)
     else:
@@ -172,17 +175,28 @@ def loss_sums(
 
 
 def tile_gradient(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, patches: Tensor, upstream: Tensor, kind: str, normalize: bool
-) -> Tensor:
-    """The loss's gradient by the reconstruction, [tokens, r·r·Ct] in hidden's dtype, for ``upstream`` [B]."""
-    gradient = torch.empty((hidden[..., 0].numel(), weight.shape[0]), dtype=hidden.dtype, device=hidden.device)
-    _launch(hidden, weight, bias, patches, upstream, gradient, kind, normalize, backward=True)
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, patches: Tensor, upstream: Tensor, kind: str, normalize: bool,
+    d_bias: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The loss's gradient by the reconstruction, [tokens, r·r·Ct] in hidden's dtype, for ``upstream`` [B].
+
+    Its sum over the tokens is added to ``d_bias``.
+    """
+    tokens, outputs = hidden[..., 0].numel(), weight.shape[0]
+    gradient = torch.empty((tokens, outputs), dtype=hidden.dtype, device=hidden.device)
+    sums = None
+    if d_bias is not None:
+        blocks = triton.cdiv(tokens, _blocks(outputs, hidden.dtype, normalize).tokens)
+        sums = torch.empty((blocks, outputs), dtype=torch.float32, device=hidden.device)
+    _launch(hidden, weight, bias, patches, upstream, gradient, kind, normalize, backward=True, bias_sums=sums)
+    if d_bias is not None and sums is not None:
+        d_bias += sums.sum(0)
     return gradient
 
 
 def _launch(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, patches: Tensor, upstream: Tensor, out: Tensor,
-    kind: str, normalize: bool, *, backward: bool,
+    kind: str, normalize: bool, *, backward: bool, bias_sums: Tensor | None = None,
 ) -> None:  # fmt: skip
     batch, height, width, upsample, _, target_channels = patches.shape
     tokens = batch * height * width
@@ -199,9 +213,10 @@ def _launch(
     unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
     blocks = _blocks(weight.shape[0], hidden.dtype, normalize)
     _residual_kernel[(triton.cdiv(tokens, blocks.tokens) * triton.cdiv(weight.shape[0], blocks.outputs),)](
-        hidden, weight.contiguous(), out if bias is None else bias.contiguous(), patches, mean, rstd, upstream, out,
+        hidden, weight.contiguous(), out if bias is None else bias.contiguous(), patches, mean, rstd, upstream,
+        out if bias_sums is None else bias_sums, out,
         tokens, height, width, *(stride // unit for stride in strides), *patches.stride(),
-        BACKWARD=backward, KIND=kind, HAS_BIAS=bias is not None, NORMALIZE=normalize,
+        BACKWARD=backward, KIND=kind, HAS_BIAS=bias is not None, SUM_BIAS=bias_sums is not None, NORMALIZE=normalize,
         UPCAST=dispatch.interpreting() and hidden.dtype == torch.bfloat16,  # interpreted bfloat16 products are wrong
         UNIT=unit, UPSAMPLE=upsample, TARGET_CHANNELS=target_channels,
         BLOCK_TOKENS=blocks.tokens, BLOCK_OUTPUTS=blocks.outputs, BLOCK_CHANNELS=blocks.channels,
@@ -227,7 +242,8 @@ def compile_cases() -> list[CompileCase]:
     ):
         blocks = _blocks(upsample**2 * target_channels, dtype, normalize)
         constexprs = {
-            "BACKWARD": backward, "KIND": kind, "HAS_BIAS": True, "NORMALIZE": normalize, "UPCAST": False, "UNIT": 8,
+            "BACKWARD": backward, "KIND": kind, "HAS_BIAS": True, "SUM_BIAS": backward,
+            "NORMALIZE": normalize, "UPCAST": False, "UNIT": 8,
             "UPSAMPLE": upsample, "TARGET_CHANNELS": target_channels, "target_channel": 1,
             "BLOCK_TOKENS": blocks.tokens, "BLOCK_OUTPUTS": blocks.outputs, "BLOCK_CHANNELS": blocks.channels,
         }  # fmt: skip
