@@ -150,10 +150,9 @@ def _commits(rows: Sequence[Row]) -> str:
     """Which commit each row of the table above was taken at: one for all, or one by one."""
     commits: dict[str, list[str]] = {}
     for row in rows:
-        named = (
-            row.get(key) for key in ("op", "shape", "dtype", "direction", "provider", "name", "cap_text", "kernels")
-        )
-        commits.setdefault(row["commit"], []).append(", ".join(str(value) for value in named if value))
+        keys = [key for key in IDENTITY[row["bench"]] if key not in ("model", "image_size", "batch_size", "cap")]
+        named = (str(row[key]) for key in [*keys, "cap_text"] if key in row)
+        commits.setdefault(row["commit"], []).append(", ".join(named))
     if len(commits) == 1:
         return f"All of {rows[0]['card']} at commit {next(iter(commits))}."
     return "\n".join(f"- at commit {commit}: {'; '.join(names)}" for commit, names in commits.items())

@@ -122,7 +122,9 @@ def meter(output: Path, budget: float | None) -> int:
     local = Setup("local", micro, True, 4, "feature", "linear", "module", kernels=best)
     exact = replace(local, family="exact", objective="end-to-end", decoder="")
     whole = replace(local, micro_batch=None, recompute=False, residency="all")
-    setups = [baseline(), Setup("rival", micro, True), whole, local, replace(local, residency="all"), exact]
+    setups = [baseline(), local, exact]
+    if cuda:
+        setups += [Setup("rival", micro, True), whole, replace(local, residency="all")]
     jobs: list[tuple[dict[str, Any], tuple[str, Setup | None]]] = []
     for setup in setups:
         jobs.append(({"name": setup.label}, (setup.label, setup)))
