@@ -6,6 +6,7 @@ its own scheduler says what each kernel it would generate reads and writes.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from fastlocal.profiling.traffic import CountTraffic, CudaAutocastPolicy
 BATCH = 64
 AUTOCAST = torch.bfloat16
 EAGER, EAGER_FUSED, COMPILED, COMPILED_FUSED = "eager", "eager + fused ops", "compiled", "compiled + fused ops"
+OWN = "the block itself"  # shift, windows and reverse, residual sums
 VARIANTS = (EAGER, EAGER_FUSED, COMPILED, COMPILED_FUSED)
 
 
@@ -49,7 +51,7 @@ def _swin_block() -> tuple[nn.Module, tuple[int, ...]]:
 def _vit_block() -> tuple[nn.Module, tuple[int, ...]]:
     from timm.models.vision_transformer import Block
 
-    block = Block(768, 12, qkv_bias=True, drop_path=0.1)
+    block: Any = Block(768, 12, qkv_bias=True, drop_path=0.1)
     block.attn.fused_attn = False
     return block, (BATCH, 197, 768)
 
@@ -105,7 +107,7 @@ class _CountBySource(CountTraffic):
         node = torch._C._current_autograd_node()
         if node is None:
             innermost = max(self.tracker.parents, key=lambda name: -1 if name == "Global" else name.count("."))
-            source = innermost.partition(".")[2] or "shift, windows, residual"
+            source = innermost.partition(".")[2] or OWN
             self.source_of_node.setdefault(torch.autograd._get_sequence_nr() - 1, source)
         else:
             source = self.source_of_node.get(node._sequence_nr(), "weight gradients")
@@ -126,37 +128,38 @@ def count_compiled(name: str, variant: str) -> BlockTraffic:
     This reaches into `torch._inductor`, which has no public way to ask.
     """
     block, shape = _make(name, variant)
-    kernels: dict[bool, dict[str, int]] = {False: {}, True: {}}
+    kernels: dict[bool, dict[str, int]] = {False: defaultdict(int), True: defaultdict(int)}
     compiled = torch.compile(block, backend=_planning_backend(kernels), dynamic=False)
     x = torch.empty(shape, requires_grad=True)
     with torch.autocast("cpu", AUTOCAST):
         out = compiled(x)
     out.backward(torch.empty_like(out))
     torch._dynamo.reset()
-    return BlockTraffic(name, variant, forward=kernels[False], backward=kernels[True])
+    return BlockTraffic(name, variant, forward=dict(kernels[False]), backward=dict(kernels[True]))
 
 
 def _planning_backend(kernels: dict[bool, dict[str, int]]) -> Callable[..., Any]:
-    """A torch.compile backend that plans kernels, notes their bytes in ``kernels[is backward]``, and makes none."""
+    """A torch.compile backend that plans kernels, adds up their bytes by source, and makes none."""
     from torch._guards import detect_fake_mode
-    from torch._inductor import compile_fx
+    from torch._inductor import compile_fx as inductor
     from torch._inductor.debug import DebugContext
     from torch._inductor.graph import GraphLowering
     from torch._inductor.virtualized import V
 
     def plan(module: Any, inputs: Any, is_backward: bool = False, **_: Any) -> Callable[[list[Any]], list[Any]]:
-        mode = detect_fake_mode(inputs)
+        mode: Any = detect_fake_mode(inputs)
         with V.set_fake_mode(mode), V.set_debug_handler(DebugContext()):
-            compile_fx._recursive_post_grad_passes(module, is_inference=False)
-            compile_fx.record_original_output_strides(module)
+            inductor._recursive_post_grad_passes(module, is_inference=False)
+            inductor.record_original_output_strides(module)
             graph = GraphLowering(module, example_inputs=inputs, shape_env=mode.shape_env, is_backward=is_backward)
             with V.set_graph_handler(graph):
                 graph.run(*inputs)
                 graph._update_scheduler()
-                for kernel in graph.scheduler.nodes:
-                    origins = sorted({str(o) for node in kernel.get_nodes() for o in node.node.get_origins()})
-                    name = f"{kernel.get_name()}: {', '.join(origins)}"
-                    kernels[is_backward][name] = kernel.get_read_write_buffers_sizes()
+                scheduled: Any = graph.scheduler.nodes
+                for kernel in scheduled:
+                    origins = {origin for node in kernel.get_nodes() for origin in node.node.get_origins()}
+                    source = " + ".join(sorted({_module_of(origin) for origin in origins}))
+                    kernels[is_backward][source] += kernel.get_read_write_buffers_sizes()
         results = [getattr(node, "meta", {}).get("val") for node in module.graph.output_node().args[0]]
 
         def allocate(arguments: list[Any]) -> list[Any]:
@@ -171,7 +174,16 @@ def _planning_backend(kernels: dict[bool, dict[str, int]]) -> Callable[..., Any]
         allocate._boxed_call = True  # type: ignore[attr-defined]
         return allocate
 
-    return lambda module, inputs: compile_fx.compile_fx(module, inputs, inner_compile=plan)
+    compile_fx: Any = inductor.compile_fx
+    return lambda module, inputs: compile_fx(module, inputs, inner_compile=plan)
+
+
+def _module_of(node: Any) -> str:
+    """The submodule whose forward made a node of the graph, or whose backward it is."""
+    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
+    paths = [path.partition("L['self'].")[2] for path, _ in stack.values()]
+    # The fused ops hold the module they replace the forward of; its path goes through them.
+    return re.sub(r"(\b_attn|\.forward)\.args\[0\]", "", paths[-1] if paths else "").lstrip(".") or OWN
 
 
 # --- Tables -----------------------------------------------------------------------------------------------------------
@@ -215,8 +227,19 @@ def tables(counts: list[BlockTraffic]) -> str:
             f"**{block}**, batch {BATCH}, bfloat16 autocast, forward and backward of one block",
             results.markdown_table(totals),
             results.markdown_table(rows),
+            f"The largest of what is left, {COMPILED_FUSED}:",
+            results.markdown_table(_largest(variants[COMPILED_FUSED])),
         ]
     return "\n\n".join(parts)
+
+
+def _largest(count: BlockTraffic, rows: int = 8) -> list[dict[str, str | int | float]]:
+    found = [
+        {"direction": direction, "source": source, "MiB": _mebi(size), "share": size / count.total}
+        for direction in ("forward", "backward")
+        for source, size in getattr(count, direction).items()
+    ]
+    return sorted(found, key=lambda row: -row["MiB"])[:rows]
 
 
 def _mebi(size: int) -> int:

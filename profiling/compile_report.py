@@ -262,9 +262,11 @@ def measure(case: CompileCase, architecture: Architecture, key: str) -> Measurem
     try:
         compiled = _compile(case, architecture)
     except Exception as error:
-        nothing = dict.fromkeys(("registers", "spill_bytes", "shared_bytes", "tensor_core_instructions"), 0)
+        nothing: dict[str, Any] = dict.fromkeys(
+            ("registers", "spill_bytes", "shared_bytes", "tensor_core_instructions", "blocks_per_multiprocessor"), 0
+        )
         reason = (str(error).strip() or repr(error)).split("\n")[0]
-        return Measurement(**facts, **nothing, blocks_per_multiprocessor=0, occupancy=0.0, error=reason)
+        return Measurement(**facts, **nothing, occupancy=0.0, error=reason)
 
     usage, machine_code = _disassemble(compiled.asm["cubin"])
     registers = int(re.findall(r"REG:(\d+)", usage)[-1])

@@ -95,7 +95,13 @@ def _workload_rows(bench: Bench, workload: Workload, dtype: torch.dtype) -> Any:
         if name in SLOW_TO_BUILD and dtype != DTYPES[0]:
             continue
         for direction in DIRECTIONS:
-            row = {**place, "provider": name, "direction": direction, "batch": bench.batch, "error": None}
+            row: dict[str, Any] = {
+                **place,
+                "provider": name,
+                "direction": direction,
+                "batch": bench.batch,
+                "error": None,
+            }
             try:
                 row |= measure(bench, problem, provider, direction)
             except Exception as error:  # a rival that cannot run this shape or version is a result too

@@ -109,7 +109,7 @@ def _window_attention(size: int, heads: int, shift: int, window: int = 7, head_d
 
         def timm_block(fused: bool) -> Any:
             with torch.device(device):
-                block = SwinTransformerBlock(channels, (size, size), heads, window_size=window, shift_size=shift)
+                block: Any = SwinTransformerBlock(channels, (size, size), heads, window_size=window, shift_size=shift)
             block.attn.fused_attn = fused
             block.attn.relative_position_bias_table = nn.Parameter(table.detach())
             block.attn.qkv = _Precomputed(windows, d_x)
@@ -218,7 +218,7 @@ def _attention(tokens: int, heads: int, head_dim: int) -> Callable[..., Problem]
 
         def timm_attention(fused: bool) -> Callable[[], Tensor]:
             with torch.device(device):
-                module = Attention(heads * head_dim, heads)
+                module: Any = Attention(heads * head_dim, heads)
             module.fused_attn = fused
             module.qkv = _Split(leaves)
             module.proj = nn.Identity()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -181,7 +182,7 @@ def test_torch_compile_is_asked_what_it_would_move() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return torch.sin(torch.cos(x) + 1) * 2
 
-    kernels: dict[bool, dict[str, int]] = {False: {}, True: {}}
+    kernels: dict[bool, dict[str, int]] = {False: defaultdict(int), True: defaultdict(int)}
     compiled: Any = torch.compile(Pointwise(), backend=block_traffic._planning_backend(kernels), dynamic=False)
     x = torch.empty(1000, requires_grad=True)
     compiled(x).backward(torch.empty(1000))
