@@ -51,10 +51,10 @@ def card(tmp_path: Path) -> Path:
     fails = {"cap": 2**31, "cap_text": "2GiB", "trains": False, "largest": 0, "measured": True}
     _write(folder, "caps", {**cap, **fits}, {**cap, **fails})
     meter = {"bench": "meter", "model": "swin", "batch_size": 64, "name": "E2E", "predicted_mib": 4185.0}
-    true = {"metered_mib": 4190.0, "allocated_mib": 4200.0, "reserved_mib": 4400.0, "within": True}
+    true = {"metered_mib": 4190.0, "allocated_mib": 4200.0, "reserved_mib": 4400.0, "within": True, "error": None}
     _write(folder, "meter", {**meter, **true, "predicted_of_true": 0.996, "metered_of_true": 0.998})
     run = {"bench": "train", "data": "digits", "objective": "feature", "modules": 4, "kernels": "triton", "epochs": 15}
-    _write(folder, "train", {**run, "best_accuracy": 0.987, "seconds": 12.5})
+    _write(folder, "train", {**run, "error": None, "best_accuracy": 0.987, "seconds": 12.5})
     trace = {
         "bench": "trace",
         "model": "swin",
