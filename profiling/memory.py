@@ -308,8 +308,9 @@ def _model(name: str, image_size: int | None) -> nn.Module:
 
     if not timm.is_model(name):
         raise UserError(f"--model must be a timm model, got {name!r}; `timm.list_models()` lists them.")
+    options: dict[str, Any] = {"img_size": image_size} if image_size else {}
     with torch.device("meta"):
-        return timm.create_model(name, num_classes=CLASSES, **({"img_size": image_size} if image_size else {}))
+        return timm.create_model(name, num_classes=CLASSES, **options)
 
 
 def _possible(model: nn.Module, modules: Sequence[int]) -> list[int]:
