@@ -135,7 +135,11 @@ def meter(output: Path, budget: float | None) -> int:
     def compare(setup: Setup | None) -> dict[str, Any]:
         if setup is None:
             plan = planner.plan(skeleton, batch_size=batch, memory=PLANNED)
-            way = {"modules": plan.modules, "micro_batch": plan.micro_batch, "residency": plan.residency}
+            way: dict[str, Any] = {
+                "modules": plan.modules,
+                "micro_batch": plan.micro_batch,
+                "residency": plan.residency,
+            }
             setup = replace(local, **way, recompute=plan.recompute == "block")
             predicted = plan.peak
         else:
