@@ -151,7 +151,8 @@ def meter(output: Path, budget: float | None) -> int:
         release()
         with Meter(*training.held(), device=device) as metered:
             training.step()
-        row = {"setup": asdict(setup), "predicted_mib": predicted / MIB, "metered_mib": metered.peak / MIB}
+        row: dict[str, Any] = {"setup": asdict(setup), "predicted_mib": predicted / MIB}
+        row["metered_mib"] = metered.peak / MIB
         row |= _allocated(training) if cuda else {}
         true = row.get("allocated_mib", row["metered_mib"])
         row |= {"predicted_of_true": row["predicted_mib"] / true, "metered_of_true": row["metered_mib"] / true}
@@ -255,7 +256,7 @@ def train(output: Path, budget: float | None) -> int:
                 row = {"best_accuracy": None, "error": sentence(error)}
                 print(f"{given}: {row['error']}", file=sys.stderr)
         campaign.add({"bench": "train", **given, "error": None, **row, "seconds": time.perf_counter() - begun})
-    done = [row for key, _ in jobs if (row := campaign.find(key)) is not None]
+    done = [found for key, _ in jobs if (found := campaign.find(key)) is not None]
     print(f"\n{train_table(done)}")
     return int(not all(row["error"] is None and row["best_accuracy"] > 0.2 for row in done))  # a tenth is chance
 
