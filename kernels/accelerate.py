@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from fastlocal.kernels.attention import attention as fused_attention
 from fastlocal.kernels.window_attention import MAXIMUM_HEAD_DIM, MAXIMUM_WINDOW_TOKENS, window_attention
 
+TimmLayer = Any  # has no types for its attributes
 LOGIT_SCALE_MAXIMUM = math.log(1 / 0.01)  # of Swin-V2, as in timm
 
 
@@ -85,9 +87,9 @@ def _swap(layer: nn.Module) -> tuple[str, Callable[..., Tensor]] | None:
     return swaps.get(type(layer))  # not isinstance: a subclass may compute something else
 
 
-def _why_not(layer: nn.Module) -> str | None:
+def _why_not(layer: TimmLayer) -> str | None:
     """What the fused ops cannot do for this layer, to read after its name; None if there is nothing."""
-    attention = getattr(layer, "attn", layer)
+    attention: TimmLayer = getattr(layer, "attn", layer)
     if attention.attn_drop.p > 0:
         return f"has attention dropout {attention.attn_drop.p}, which the fused ops do not apply; build it with 0"
     channels = attention.proj.in_features // attention.num_heads
@@ -103,7 +105,7 @@ def _why_not(layer: nn.Module) -> str | None:
 # --- What takes the place of timm's methods ---------------------------------------------------------------------------
 
 
-def _swin(block: nn.Module, x: Tensor) -> Tensor:
+def _swin(block: TimmLayer, x: Tensor) -> Tensor:
     """``SwinTransformerBlock._attn``."""
     attention = block.attn
     grid = x.shape[1:3]
@@ -120,7 +122,7 @@ def _swin(block: nn.Module, x: Tensor) -> Tensor:
     return attention.proj_drop(attention.proj(x))
 
 
-def _swin_v2(block: nn.Module, x: Tensor) -> Tensor:
+def _swin_v2(block: TimmLayer, x: Tensor) -> Tensor:
     """``SwinTransformerV2Block._attn``: cosine attention is the same op on normalized q and k, its scale in q."""
     attention = block.attn
     grid = x.shape[1:3]
@@ -158,7 +160,7 @@ def _crop(x: Tensor, grid: torch.Size, shift: tuple[int, int]) -> Tensor:
     return x.roll((shift[0], shift[1]), (1, 2))
 
 
-def _vit(attention: nn.Module, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+def _vit(attention: TimmLayer, x: Tensor, *args: object, **kwargs: object) -> Tensor:
     """``Attention.forward`` of ViT."""
     if _given(args, kwargs):  # a mask
         return type(attention).forward(attention, x, *args, **kwargs)
@@ -166,7 +168,7 @@ def _vit(attention: nn.Module, x: Tensor, *args: object, **kwargs: object) -> Te
     return _attend(attention, x, attention.q_norm(q), attention.k_norm(k), v, bias=None)
 
 
-def _beit(attention: nn.Module, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
+def _beit(attention: TimmLayer, x: Tensor, shared_rel_pos_bias: Tensor | None = None) -> Tensor:
     """``Attention.forward`` of BEiT: its relative position bias is the op's additive bias."""
     bias = shared_rel_pos_bias
     if attention.relative_position_bias_table is not None:
@@ -175,7 +177,7 @@ def _beit(attention: nn.Module, x: Tensor, shared_rel_pos_bias: Tensor | None = 
     return _attend(attention, x, *_heads(attention, x), bias=bias)
 
 
-def _eva(attention: nn.Module, x: Tensor, rope: Tensor | None = None, *args: object, **kwargs: object) -> Tensor:
+def _eva(attention: TimmLayer, x: Tensor, rope: Tensor | None = None, *args: object, **kwargs: object) -> Tensor:
     """``EvaAttention.forward`` and ``AttentionRope.forward``: rotary position embedding, then attention."""
     from timm.layers import apply_rot_embed_cat
 
@@ -196,14 +198,14 @@ def _given(args: tuple, kwargs: dict) -> bool:
     return any(value is not None and value is not False for value in (*args, *kwargs.values()))
 
 
-def _qkv(attention: nn.Module, x: Tensor) -> Tensor:
+def _qkv(attention: TimmLayer, x: Tensor) -> Tensor:
     """The qkv projection, its bias in parts where timm keeps q's and v's only."""
     if getattr(attention, "q_bias", None) is None:
         return attention.qkv(x)
     return F.linear(x, attention.qkv.weight, torch.cat([attention.q_bias, attention.k_bias, attention.v_bias]))
 
 
-def _heads(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _heads(attention: TimmLayer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v: [B, heads, N, D]."""
     if attention.qkv is None:
         projected = [attention.q_proj(x), attention.k_proj(x), attention.v_proj(x)]
@@ -213,7 +215,7 @@ def _heads(attention: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
-def _attend(attention: nn.Module, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None) -> Tensor:
+def _attend(attention: TimmLayer, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None) -> Tensor:
     """Attention and what follows it; ``x`` is the layer's input. Norms and rotations may leave q and k in float32."""
     mixed = fused_attention(q.to(v.dtype), k.to(v.dtype), v, bias=bias, scale=attention.scale)
     mixed = mixed.transpose(1, 2).flatten(2)

@@ -74,17 +74,20 @@ def _why_not_card(index: int) -> str | None:
     return None
 
 
-def implementation(device: torch.device) -> Literal["triton", "reference"]:
+def implementation(device: torch.device, limit: str | None = None) -> Literal["triton", "reference"]:
     """The implementation that runs on ``device`` under the current choice.
 
     ``"auto"`` on a CPU is the reference even when interpreting: the interpreter is for tests, which ask for it.
+
+    Args:
+        limit: what keeps an op's Triton kernels from these inputs, in one sentence; None if nothing does.
 
     Raises:
         RuntimeError: ``"triton"`` was asked for and cannot run on ``device``.
     """
     if _choice == "reference" or (_choice == "auto" and device.type == "cpu"):
         return "reference"
-    reason = why_not_triton(device)
+    reason = why_not_triton(device) or limit
     if reason is None:
         return "triton"
     if _choice == "triton":

@@ -18,6 +18,7 @@ from fastlocal.kernels import dispatch
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAXIMUM_WINDOW_TOKENS = 256  # a whole row of scores has to fit in a program's registers
 MAXIMUM_HEAD_DIM = 128
+MAXIMUM_HEAD_DIM_FLOAT32 = 32  # of the Triton kernels: wider ones would need more shared memory than cards have
 MASKED = -100.0  # added, as timm does, between tokens that only the cyclic shift brought together
 
 
@@ -40,7 +41,7 @@ def window_attention(
             ``num_heads`` × (C / num_heads). float16, bfloat16, float32 or float64, any strides (other than contiguous
             costs a copy); at most 128 channels per head; fewer than 2**31 elements per image, any number in the batch.
             Under autocast it is cast to autocast's dtype. Softmax and sums are float32; float64 always runs the PyTorch
-            reference, and in float64.
+            reference, and in float64; the Triton kernels take float32 with at most 32 channels per head.
         bias_table: [(2h − 1)(2w − 1), num_heads] for windows of h × w, any of these dtypes: entry
             ``(row_q − row_k + h − 1)(2w − 1) + column_q − column_k + w − 1`` is added to the scaled score of q and k.
             Its gradient is summed in float32, in a fixed order, and rounded once.
@@ -125,7 +126,7 @@ def _forward(
     scale: float,
 ) -> Tensor:
     window, shift = (window_h, window_w), (shift_h, shift_w)
-    if _implementation(qkv) == "triton":
+    if _implementation(qkv, num_heads) == "triton":
         from fastlocal.kernels import window_attention_triton
 
         return window_attention_triton.forward(qkv, bias_table, num_heads, window, shift, scale)
@@ -162,7 +163,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of qkv and bias_table; the second is empty unless needed."""
     window, shift = (window_h, window_w), (shift_h, shift_w)
-    if _implementation(qkv) == "triton":
+    if _implementation(qkv, num_heads) == "triton":
         from fastlocal.kernels import window_attention_triton
 
         return window_attention_triton.backward(d_out, qkv, bias_table, num_heads, window, shift, scale, needs_table)
@@ -213,10 +214,14 @@ def _backward_flops(d_out: torch.Size, *args: torch.Size, **_: object) -> int:
     return _forward_flops(*args) * 5 // 2  # type: ignore[arg-type]
 
 
-def _implementation(qkv: Tensor) -> str:
+def _implementation(qkv: Tensor, num_heads: int) -> str:
     if qkv.dtype == torch.float64:
         return "reference"
-    return dispatch.implementation(qkv.device)
+    head_dim = qkv.shape[3] // (3 * num_heads)
+    limit = None
+    if qkv.dtype == torch.float32 and head_dim > MAXIMUM_HEAD_DIM_FLOAT32 and not dispatch.interpreting():
+        limit = f"window_attention's take at most {MAXIMUM_HEAD_DIM_FLOAT32} channels per float32 head, not {head_dim}."
+    return dispatch.implementation(qkv.device, limit)
 
 
 # --- Reference --------------------------------------------------------------------------------------------------------

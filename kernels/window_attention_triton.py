@@ -335,7 +335,7 @@ class _Blocks:
     resident: int  # programs that one multiprocessor holds at a time, by their registers
 
 
-def _blocks(kernel: Any, tokens: int, head_dim: int) -> _Blocks:
+def _blocks(kernel: Any, tokens: int, head_dim: int, dtype: torch.dtype) -> _Blocks:
     """Chosen so that 16-bit tensors spill no register on any supported card; the compile report checks it."""
     if kernel is _backward_keys:
         queries, keys = (32, 64) if head_dim <= 32 else (64, 32) if head_dim <= 64 else (32, 32)
@@ -343,6 +343,8 @@ def _blocks(kernel: Any, tokens: int, head_dim: int) -> _Blocks:
     row = max(16, triton.next_power_of_2(tokens))
     if row == 16:
         return _Blocks(16, row, num_warps=1, num_stages=2 if kernel is _forward else 1, resident=12)
+    if dtype == torch.float32:  # no tensor cores, twice the bytes
+        return _Blocks(row if row <= 64 else 16, row, num_warps=8, num_stages=1, resident=1)
     if row <= 64:
         if kernel is _forward:
             wide = head_dim > 64
@@ -390,7 +392,7 @@ def forward(
     batch, height, width, channels = qkv.shape
     tokens = window[0] * window[1]
     windows = batch * height * width // tokens
-    blocks = _blocks(_forward, tokens, channels // (3 * num_heads))
+    blocks = _blocks(_forward, tokens, channels // (3 * num_heads), qkv.dtype)
     tiles = triton.cdiv(tokens, blocks.queries)
     out = torch.empty((batch, height, width, channels // 3), dtype=qkv.dtype, device=qkv.device)
     _forward[(num_heads, _slices(qkv.device, windows, num_heads, tiles, blocks.resident), tiles)](
@@ -409,23 +411,23 @@ def backward(
     tokens = window[0] * window[1]
     windows = batch * height * width // tokens
     head_dim = channels // (3 * num_heads)
-    blocks = _blocks(_backward, tokens, head_dim)
+    blocks = _blocks(_backward, tokens, head_dim, qkv.dtype)
     tiles = triton.cdiv(tokens, blocks.queries)
     slices = _slices(qkv.device, windows, num_heads, tiles, blocks.resident)
 
     d_out, qkv, bias_table = d_out.contiguous(), qkv.contiguous(), bias_table.contiguous()
     d_qkv = torch.empty_like(qkv)
     d_table = bias_table.new_empty(bias_table.shape if needs_table else 0)
-    float32 = {"dtype": torch.float32, "device": qkv.device}
-    d_bias = torch.empty((slices, num_heads, tokens, blocks.keys) if needs_table else 0, **float32)
-    rows = torch.empty((2, windows, num_heads, tokens) if tiles > 1 else (2, 0), **float32)
+    # Outside their cases d_bias and rows stand for nothing, but a launch needs pointers.
+    d_bias = qkv.new_empty((slices if needs_table else 0, num_heads, tokens, blocks.keys), dtype=torch.float32)
+    rows = qkv.new_empty((2, windows if tiles > 1 else 0, num_heads, tokens), dtype=torch.float32)
 
     _backward[(num_heads, slices, tiles)](
         d_out, qkv, bias_table, d_qkv, d_bias, rows[0], rows[1], windows, scale, BIAS_GRADIENT=needs_table,
         **_constants(qkv, num_heads, window, shift, blocks), num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
     if tiles > 1:
-        key_blocks = _blocks(_backward_keys, tokens, head_dim)
+        key_blocks = _blocks(_backward_keys, tokens, head_dim, qkv.dtype)
         key_tiles = triton.cdiv(tokens, key_blocks.keys)
         _backward_keys[
             (num_heads, _slices(qkv.device, windows, num_heads, key_tiles, key_blocks.resident), key_tiles)
@@ -470,9 +472,9 @@ def compile_cases() -> list[CompileCase]:
     for dtype, pointer in pointers.items():
         for grid, window, shift, heads, head_dim in _SWIN_TINY + (_OTHERS if dtype.itemsize == 2 else []):
             tokens = window * window
-            tiled = _blocks(_backward, tokens, head_dim).queries < tokens
+            tiled = _blocks(_backward, tokens, head_dim, dtype).queries < tokens
             for kernel in (_forward, _backward, _backward_keys) if tiled else (_forward, _backward):
-                blocks = _blocks(kernel, tokens, head_dim)
+                blocks = _blocks(kernel, tokens, head_dim, dtype)
                 qkv = torch.empty((1, *grid, 3 * heads * head_dim), dtype=dtype, device="meta")
                 constants = _constants(qkv, heads, (window, window), (shift, shift), blocks)
                 constants |= {"UPCAST": False}
@@ -495,7 +497,7 @@ def compile_cases() -> list[CompileCase]:
                     )
                 )
     for window, heads in ((7, 3), (7, 24), (16, 4)):
-        keys = _blocks(_backward, window * window, 32).keys
+        keys = _blocks(_backward, window * window, 32, torch.bfloat16).keys
         cases.append(
             CompileCase(
                 name=f"window_attention sum_by_relative_position, window {window}, {heads} heads",

@@ -22,7 +22,7 @@ from timm.models.swin_transformer import (
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastlocal.kernels import use_kernels, window_attention
+from fastlocal.kernels import dispatch, use_kernels, window_attention
 
 ErrorOf = Callable[[Tensor, Tensor], float]
 LIMIT = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -420,6 +420,16 @@ def test_triton_asked_for_and_not_there_is_an_error(monkeypatch: pytest.MonkeyPa
         pytest.raises(RuntimeError, match=r"kernels='triton' was asked for, but .* not on 'cpu'"),
     ):
         window_attention(qkv, table, **WINDOW_4.options)
+
+
+def test_wide_float32_heads_are_refused_by_the_kernels_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a card: "triton" says no, "auto" takes the reference."""
+    monkeypatch.setattr(dispatch, "interpreting", lambda: False)
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda device: None)
+    qkv, table, _ = Geometry(1, (4, 4), 1, 64, (4, 4), (0, 0)).tensors()
+    with use_kernels("triton"), pytest.raises(RuntimeError, match="at most 32 channels per float32 head, not 64"):
+        window_attention(qkv, table, num_heads=1, window_size=4, shift=0)
+    window_attention(qkv, table, num_heads=1, window_size=4, shift=0)
 
 
 # --- What ships -------------------------------------------------------------------------------------------------------
