@@ -186,7 +186,7 @@ def meter_table(rows: list[dict[str, Any]]) -> str:
         columns |= {"allocated_mib": "allocated MiB", "reserved_mib": "reserved MiB"}
         columns |= {"reserved_of_allocated": "reserved / allocated"}
     columns |= {"predicted_of_true": "dry run / true", "metered_of_true": "meter / true", "within": "within 5 %"}
-    columns |= {"error": "remark"} if any(row["error"] for row in rows) else {}
+    columns |= {"error": "remark"} if any(row.get("error") for row in rows) else {}
     return results.markdown_table(rows, columns) if rows else "Nothing was measured."
 
 
@@ -264,7 +264,7 @@ def train(output: Path, budget: float | None) -> int:
 def train_table(rows: list[dict[str, Any]]) -> str:
     """Accuracy and time of the short trainings."""
     keys = ["data", "objective", "modules", "kernels", "epochs", "best_accuracy", "seconds"]
-    keys += ["error"] if any(row["error"] for row in rows) else []
+    keys += ["error"] if any(row.get("error") for row in rows) else []
     return (
         results.markdown_table(rows, {key: key.replace("_", " ") for key in keys}) if rows else "Nothing was trained."
     )
