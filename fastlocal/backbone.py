@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from timm.models.beit import Beit
@@ -100,7 +101,8 @@ def backbone(model: nn.Module) -> Backbone:
         return _vit(model, _beit_stem(model))
     # Subclasses of VisionTransformer are free to rewrite its forward; only the ones whose forward is known are taken.
     if type(model) in (VisionTransformer, VisionTransformerDistilled):
-        return _vit(model, lambda images: model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images)))))
+        vit = cast(Any, model)
+        return _vit(vit, lambda images: vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images)))))
     raise ValueError(f"model: {type(model).__name__} is not supported; supported are timm's {SUPPORTED}.")
 
 
@@ -112,14 +114,16 @@ def _refuse_shared(model: nn.Module, name: str) -> None:
         )
 
 
-def _image(model: nn.Module) -> Geometry:
+def _image(model: Any) -> Geometry:
     height, width = model.patch_embed.img_size
     channels = next(p for p in model.patch_embed.parameters() if p.ndim == 4).shape[1]
     return Geometry(height, width, channels, "NCHW")
 
 
-def _swin(model: SwinTransformer | SwinTransformerV2) -> Backbone:
-    blocks, stages, boundaries = [], [], []
+def _swin(model: Any) -> Backbone:
+    blocks: list[Block] = []
+    stages: list[int] = []
+    boundaries: list[Geometry] = []
     height, width = model.patch_embed.grid_size
     channels = model.embed_dim if isinstance(model.embed_dim, int) else model.embed_dim[0]
     boundaries.append(Geometry(height, width, channels, "NHWC"))
@@ -146,7 +150,7 @@ _VIT_HEAD = ("norm", "fc_norm", "attn_pool", "head_drop", "head", "head_dist")
 
 
 def _vit(
-    model: nn.Module, stem: Callable[[Tensor], Tensor], block_function: Callable[[nn.Module], Callable] | None = None
+    model: Any, stem: Callable[[Tensor], Tensor], block_function: Callable[[nn.Module], Callable] | None = None
 ) -> Backbone:
     if isinstance(getattr(model, "patch_drop", None), nn.Module) and not isinstance(model.patch_drop, nn.Identity):
         raise ValueError(
@@ -166,7 +170,7 @@ def _vit(
     )
 
 
-def _beit_stem(model: Beit | VisionTransformerRelPos) -> Callable[[Tensor], Tensor]:
+def _beit_stem(model: Any) -> Callable[[Tensor], Tensor]:
     def stem(images: Tensor) -> Tensor:
         x = model.patch_embed(images)
         if model.cls_token is not None:
@@ -180,7 +184,7 @@ def _beit_stem(model: Beit | VisionTransformerRelPos) -> Callable[[Tensor], Tens
     return stem
 
 
-def _eva(model: Eva) -> Backbone:
+def _eva(model: Any) -> Backbone:
     if model.rope_mixed:
         raise ValueError(
             f"model: {type(model).__name__} with mixed rotary embeddings shares one position parameter among all its"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from fastlocal.backbone import Backbone
 
@@ -28,7 +29,7 @@ def partition(backbone: Backbone, modules: int | str | Sequence[int]) -> tuple[r
                 f" from 1 to {blocks}."
             )
         return _ranges(backbone.stages[1:], blocks)
-    if isinstance(modules, int) and not isinstance(modules, bool):
+    if isinstance(modules, int):
         if not 1 <= modules <= blocks:
             raise ValueError(f"modules must be from 1 to {blocks}, the number of blocks of this model; got {modules}.")
         starts = backbone.stages if modules <= len(backbone.stages) else range(blocks)
@@ -44,7 +45,7 @@ def partition(backbone: Backbone, modules: int | str | Sequence[int]) -> tuple[r
 
 def _ranges(cuts: Sequence[int], blocks: int) -> tuple[range, ...]:
     edges = [0, *cuts, blocks]
-    return tuple(range(start, stop) for start, stop in zip(edges, edges[1:], strict=False))
+    return tuple(range(start, stop) for start, stop in pairwise(edges))
 
 
 def _costs(backbone: Backbone) -> list[int]:

@@ -15,7 +15,7 @@ import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
@@ -199,11 +199,11 @@ def search(
         shapes = []
         for modules in _module_counts(len(view.blocks), objective == "end-to-end"):
             rehearsal = whole if modules == 1 else _Rehearsal(model, batch_size, objective, modules, options)
-            for recompute in ("none",) if modules == len(view.blocks) else ("none", "block"):
-                shapes += [_Shape(rehearsal, whole, recompute, keep) for keep in ("all", "optimizer", "module")]
+            for recompute in get_args(Recompute)[: 1 if modules == len(view.blocks) else 2]:
+                shapes += [_Shape(rehearsal, whole, recompute, keep) for keep in get_args(Keep)]
         candidates = list(_judge(shapes, limit))
         opponents = []
-        for recompute in ("none", "block") if rivals else ():
+        for recompute in get_args(Recompute) if rivals else ():
             shape = _Shape(whole, whole, recompute, "all")
             opponents += [_fit(shape, limit, sizes) for sizes in (shape.sizes[:1], shape.sizes[1:]) if sizes]
     chosen = next((c.plan for c in candidates if c.verdict == CHOSEN), None)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Literal, get_args
+from typing import Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,8 @@ class Residency:
         self._host_state: dict[tuple[nn.Parameter, str], Tensor] = {}
         self._on_device: set[nn.Parameter] = set()
         # Separate streams, because the bus carries both directions at once.
+        self._incoming: torch.cuda.Stream | None
+        self._outgoing: torch.cuda.Stream | None
         self._incoming, self._outgoing = (
             (torch.cuda.Stream(device), torch.cuda.Stream(device))
             if device.type == "cuda" and keep != "all"
@@ -115,9 +117,10 @@ class Residency:
         """Move home whatever is on the device and need not be, after a checkpoint was loaded or a step was cut off."""
         for parameter in list(self._on_device):
             self._drop(parameter)
-        for optimizer in self.optimizers:
-            for parameter in list(optimizer.state) if optimizer is not None and self.keep != "all" else ():
-                self._return_state(optimizer, parameter)
+        for optimizer in self.optimizers if self.keep != "all" else ():
+            if optimizer is not None:
+                for parameter in list(optimizer.state):
+                    self._return_state(optimizer, cast(nn.Parameter, parameter))
         self.synchronize()
 
     def release(self) -> None:

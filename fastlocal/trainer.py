@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +28,7 @@ from fastlocal.heads import AuxiliaryHead
 from fastlocal.kernels import accelerate, dispatch, use_kernels
 from fastlocal.kernels.dispatch import CHOICES, Choice
 from fastlocal.module import LocalModule, Recompute
-from fastlocal.objectives import OBJECTIVES, Features, Objective
+from fastlocal.objectives import OBJECTIVES, Objective
 from fastlocal.partition import partition
 from fastlocal.residency import Keep, Residency
 
@@ -141,7 +141,7 @@ class LocalTrainer:
 
         self.model = model
         self.backbone = backbone(model)
-        self.classes: int = model.num_classes
+        self.classes = cast(int, model.num_classes)
         if self.classes < 1:
             raise ValueError("model has no classifier (num_classes=0); build it with the number of classes.")
         self.spans = partition(self.backbone, modules)
@@ -533,7 +533,7 @@ class LocalTrainer:
         self, make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
     ) -> tuple[list[list[nn.Parameter]], list[torch.optim.Optimizer | None]]:
         # timm decides what is free of weight decay from names, so it must see whole-model names, not a module's.
-        whole = self.model.no_weight_decay() if hasattr(self.model, "no_weight_decay") else ()
+        whole = cast(Any, self.model).no_weight_decay()
         groups = param_groups_weight_decay(self.model, 1.0, no_weight_decay_list=whole)
         for module in self.modules:
             groups += param_groups_weight_decay(_heads(module), 1.0)

@@ -104,4 +104,8 @@ def _commit() -> str:
     commit = _output("git", "rev-parse", "--short=12", "HEAD")
     if not commit:
         return "unknown"
-    return f"{commit}-modified" if _output("git", "status", "--porcelain", "--untracked-files=no") else commit
+    # Result rows are no part of what is measured: writing some must not make the next ones look like another version's.
+    elsewhere = ("--", ":/", ":(exclude,top)profiling/results")
+    return (
+        f"{commit}-modified" if _output("git", "status", "--porcelain", "--untracked-files=no", *elsewhere) else commit
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any, cast
 
 import timm
@@ -86,6 +87,42 @@ def build_trainer(
         UserError: an unknown optimizer; the nearest name is suggested.
         ValueError: what the engine refuses, such as more modules than blocks.
     """
+    checked = cast(Any, config)  # TrainConfig knows the choices that the engine's types spell out
+    return fastlocal.LocalTrainer(
+        model,
+        modules=config.modules if isinstance(config.modules, int | str) else list(config.modules),
+        objective=config.objective,
+        micro_batch=config.micro_batch,
+        recompute=checked.recompute,
+        residency=checked.residency,
+        normalize=normalize,
+        compile=config.torchcompile,
+        **unplanned_options(config, device),
+    )
+
+
+def follow_plan(config: TrainConfig, model: nn.Module, device: torch.device) -> TrainConfig:
+    """``config`` with modules, micro-batch, recomputation and residency as `fastlocal.plan` chooses them for its memory.
+
+    Raises:
+        ValueError: nothing fits, or the memory is not a size.
+    """
+    assert config.memory is not None
+    options = unplanned_options(config, device)
+    plan = fastlocal.plan(
+        model, batch_size=config.batch_size, memory=config.memory, objective=config.objective, **options
+    )
+    return replace(
+        config,
+        modules=plan.cuts,
+        micro_batch=plan.micro_batch,
+        recompute=plan.recompute,
+        residency=plan.residency,
+    )
+
+
+def unplanned_options(config: TrainConfig, device: torch.device) -> dict[str, Any]:
+    """The arguments of `LocalTrainer` that a plan leaves alone."""
     known = [str(name) for name in list_optimizers()]
     if config.opt not in known:
         raise UserError(f"--opt {config.opt!r} is not known to timm{nearest(config.opt, known)}")
@@ -95,31 +132,22 @@ def build_trainer(
             groups, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
         )
 
-    checked = cast(Any, config)  # TrainConfig knows the choices that the engine's types spell out
-    return fastlocal.LocalTrainer(
-        model,
-        modules=config.modules if isinstance(config.modules, int | str) else list(config.modules),
-        objective=config.objective,
-        decoder=config.decoder,
-        optimizer=optimizer,
-        first_target=checked.first_target,
-        reconstruction=checked.reconstruction,
-        normalize_target=config.normalize_target,
-        regularizer_weight=config.regularizer_weight,
-        classification_weight=config.classification_weight,
-        lookahead=config.lookahead,
-        micro_batch=config.micro_batch,
-        recompute=checked.recompute,
-        residency=checked.residency,
-        amp_dtype=_amp_dtype(config, device),
-        clip_grad=config.clip_grad,
-        label_smoothing=0.0 if config.mixup or config.cutmix else config.smoothing,  # mixup smooths its own labels
-        ema_decay=config.model_ema_decay if config.model_ema else None,
-        kernels=checked.kernels,
-        device=device,
-        normalize=normalize,
-        compile=config.torchcompile,
-    )
+    return {
+        "decoder": config.decoder,
+        "optimizer": optimizer,
+        "first_target": config.first_target,
+        "reconstruction": config.reconstruction,
+        "normalize_target": config.normalize_target,
+        "regularizer_weight": config.regularizer_weight,
+        "classification_weight": config.classification_weight,
+        "lookahead": config.lookahead,
+        "amp_dtype": _amp_dtype(config, device),
+        "clip_grad": config.clip_grad,
+        "label_smoothing": 0.0 if config.mixup or config.cutmix else config.smoothing,  # mixup smooths its own labels
+        "ema_decay": config.model_ema_decay if config.model_ema else None,
+        "kernels": config.kernels,
+        "device": device,
+    }
 
 
 def _amp_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:

@@ -103,6 +103,28 @@ def evaluate(argv: list[str]) -> int:
     return 0
 
 
+def plan(argv: list[str]) -> int:
+    """Find the fastest way to train a model within a memory budget."""
+    parser = _Parser(
+        prog="fastlocal plan",
+        description="Find the fastest way to train a model within a memory budget; nothing is trained, no GPU is needed.",
+    )
+    about_plan = [
+        *("model", "model_kwargs", "batch_size", "memory", "objective", "decoder", "first_target", "reconstruction"),
+        *("normalize_target", "lookahead", "opt", "amp", "amp_dtype", "model_ema", "kernels", "device"),
+    ]
+    _add_options(parser, only=about_plan)
+    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images; default: the model's own")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    given = parser.parse(argv)
+    as_json, image_size = given.pop("json", False), given.pop("image_size", None)
+    config = TrainConfig.of(**{"data": "synthetic", "amp": True, **given})
+
+    from fastlocal.train.plan import make_plan, show
+
+    return show(make_plan(config, image_size), as_json)
+
+
 def doctor(argv: list[str]) -> int:
     """Say what was found on this machine, which kernels will run, and why others will not."""
     _Parser(prog="fastlocal doctor", description=doctor.__doc__).parse(argv)

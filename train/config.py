@@ -174,6 +174,9 @@ class TrainConfig:
     lookahead: int = _option(0, "blocks of the next module that an auxiliary head reads", _whole, at_least=0)
 
     # Memory and arithmetic
+    memory: str | None = _option(
+        None, "budget such as 4GiB: the planner sets --modules, --micro-batch, --recompute and --residency"
+    )
     micro_batch: int | None = _option(None, "images per part of a batch; default: the whole batch", _whole, at_least=1)
     recompute: str = _option("none", "what the backward pass computes again", choices=("none", "block"))
     residency: str = _option(

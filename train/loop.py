@@ -29,7 +29,7 @@ from torch import Tensor
 import fastlocal
 from fastlocal.train import checkpoint as checkpoints
 from fastlocal.train.augment import mix_batch
-from fastlocal.train.build import Normalization, build_device, build_model, build_trainer, designed_size
+from fastlocal.train.build import Normalization, build_device, build_model, build_trainer, designed_size, follow_plan
 from fastlocal.train.config import TrainConfig, UserError, write_file
 from fastlocal.train.data import MemorySplit, Split, check_same_classes, read, training_indices
 from fastlocal.train.evaluation import Measured, load_trainer, validate
@@ -117,6 +117,8 @@ class _Run:
         torch.manual_seed(config.seed)
         self.normalize = normalization(self.training)
         self.model = build_model(config, len(self.training.classes), self.training.image_size)
+        if config.memory is not None and saved is None:
+            self.config = config = follow_plan(config, self.model, self.device)
         self.trainer = build_trainer(config, self.model, self.device, self.normalize)
         self.mixup = _mixup(config, len(self.training.classes))
         self.schedules = _schedules(config, self.trainer, self.steps)

@@ -43,7 +43,7 @@ def test_predictions_are_the_meters_over_random_plans(build: Build, seed: int) -
     rehearsals: dict[tuple, _Rehearsal] = {}
     with memory.dry_run():
         for _ in range(50):
-            family, objective = draw.choice(list(families)), draw.choice(list(OBJECTIVES))
+            family, objective = draw.choice(["swin", *["vit"] * 6]), draw.choice(list(OBJECTIVES))
             modules, batch_size = draw.choice([2, 3]), draw.choice([6, 16])
             recompute, residency = draw.choice(["none", "block"]), draw.choice(["all", "optimizer", "module"])
             micro_batch = -(-batch_size // draw.choice([1, 2, 3, 4]))
@@ -92,7 +92,7 @@ def test_with_room_for_everything_exact_training_is_plain_training(small: nn.Mod
 
 def test_when_nothing_fits_the_smallest_budget_is_named_and_works(small: nn.Module) -> None:
     with pytest.raises(
-        DoesNotFit, match="nothing fits 0.10 MiB at batch size 4; the smallest budget that would"
+        DoesNotFit, match=r"nothing fits 0\.10 MiB at batch size 4; the smallest budget that would"
     ) as error:
         fastlocal.plan(small, batch_size=4, memory=MIB // 10)
     smallest = " ".join(str(error.value).rstrip(".").split()[-2:])

@@ -356,5 +356,5 @@ def test_out_of_memory_halves_the_parts_and_goes_on(
     trainer.step(*batch)
     assert all(p.grad is None for p in trainer.model.parameters())
     largest = 0
-    with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning):
+    with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="out of memory"):
         trainer.step(*batch)
