@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, get_args
 
 import torch
@@ -206,7 +206,7 @@ def _backward(
     d_hidden = torch.empty(hidden.shape if needs_hidden else 0, dtype=hidden.dtype, device=hidden.device)
     d_weight = torch.zeros(weight.shape if needs_weight else 0, dtype=sums, device=weight.device)
     d_bias = torch.zeros(weight.shape[0] if needs_bias else 0, dtype=sums, device=weight.device)
-    tile_gradient = _reference_gradient
+    tile_gradient: Callable[..., Tensor] = _reference_gradient
     if _implementation(hidden) == "triton":
         from fastlocal.kernels import reconstruction_loss_triton
 
@@ -307,7 +307,7 @@ def _tiles(hidden: Tensor, outputs: int) -> Iterator[tuple[slice, slice, slice]]
         steps.insert(0, min(size, max(1, tokens)))
         tokens //= size
     ranges = [[slice(i, i + step) for i in range(0, n, step)] for n, step in zip(shape, steps, strict=True)]
-    yield from itertools.product(*ranges)  # type: ignore[misc]
+    yield from itertools.product(*ranges)
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:

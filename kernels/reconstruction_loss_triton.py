@@ -154,7 +154,7 @@ def _blocks(outputs: int, dtype: torch.dtype, normalize: bool) -> Blocks:
     if dtype == torch.float32:  # exact products run without tensor cores: small tiles
         return Blocks(64, 32, 32, 4, 1)
     if outputs <= 64 or normalize:  # the statistics of a wider tile do not fit the registers
-        return Blocks(128, 64, 32, 8, 3)
+        return Blocks(64, 64, 32, 4, 3)
     return Blocks(64, 128, 64, 4, 3)
 
 
