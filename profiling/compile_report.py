@@ -20,6 +20,7 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from fastlocal.kernels.cases import CompileCase
 
 PROCESSES = 2
+SAVE_EVERY = 20
 
 
 @dataclass(frozen=True)
@@ -134,11 +136,13 @@ def compile_report(report_file: Path, architectures: list[str] | None = None, on
             for done, future in enumerate(as_completed(missing), 1):
                 current[missing[future]] = future.result()
                 print(f"\rcompiled {done}/{len(missing)}", end="", file=sys.stderr, flush=True)
+                if done % SAVE_EVERY == 0:
+                    _write_report(report_file, current)
         finally:
             if missing:
                 print(file=sys.stderr)
             pool.shutdown(wait=False, cancel_futures=True)
-            _write_report(report_file, [m for m in current.values() if m is not None])
+            _write_report(report_file, current)
     return [m for _, key, architecture in selected if (m := current[key, architecture]) is not None]
 
 
@@ -151,9 +155,10 @@ def read_report(report_file: Path) -> list[Measurement]:
     return [Measurement(**row) for row in rows if set(row) == fields]
 
 
-def _write_report(report_file: Path, measurements: list[Measurement]) -> None:
+def _write_report(report_file: Path, measurements: Mapping[tuple[str, str], Measurement | None]) -> None:
     report_file.parent.mkdir(parents=True, exist_ok=True)
-    rows = ",\n".join(json.dumps(vars(m)) for m in measurements)  # one row a line, so that a diff shows what changed
+    # One row a line, so that a diff shows what changed.
+    rows = ",\n".join(json.dumps(vars(m)) for m in measurements.values() if m is not None)
     report_file.write_text(f'{{"origin": {json.dumps(results.origin())},\n"rows": [\n{rows}\n]}}\n')
 
 

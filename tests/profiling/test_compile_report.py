@@ -118,7 +118,7 @@ def test_key_follows_the_code_and_not_its_comments() -> None:
 def test_report_file_keeps_its_rows(tmp_path: Path) -> None:
     report = tmp_path / "deep" / "report.json"
     rows = [GOOD, replace(GOOD, architecture="sm_80", error="too large")]
-    compile_report._write_report(report, rows)
+    compile_report._write_report(report, {(row.key, row.architecture): row for row in rows})
     assert compile_report.read_report(report) == rows
     content = json.loads(report.read_text())
     assert content["origin"]["triton"]
@@ -156,31 +156,43 @@ from fastlocal.kernels.cases import CompileCase
 from fastlocal.profiling.compile_report import ARCHITECTURES, measure
 
 @triton.jit
-def product(a, b, c, SIZE: tl.constexpr, PRECISION: tl.constexpr):
+def product(a, b, c, SIZE: tl.constexpr):
     i, j = tl.arange(0, SIZE)[:, None], tl.arange(0, SIZE)[None, :]
     x, y = tl.load(a + i * SIZE + j), tl.load(b + i * SIZE + j)
-    tl.store(c + i * SIZE + j, tl.dot(x, y, input_precision=PRECISION))
+    tl.store(c + i * SIZE + j, tl.dot(x, y))
 
-def rows(dtype, pointer, size, warps):
-    signature = {"a": pointer, "b": pointer, "c": "*fp32"}
-    case = CompileCase("product", product, signature, {"SIZE": size, "PRECISION": "ieee"}, warps, 1, dtype, True)
-    return [vars(measure(case, ARCHITECTURES[name], "")) for name in ("sm_80", "sm_90", "sm_100")]
+@triton.jit
+def normalize(a, c, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    i, j = tl.arange(0, ROWS)[:, None], tl.arange(0, COLUMNS)[None, :]
+    x = tl.load(a + i * COLUMNS + j)
+    tl.store(c + i * COLUMNS + j, x / tl.sum(tl.sum(x, 1), 0))
 
-print(json.dumps([rows(torch.bfloat16, "*bf16", 64, 4), rows(torch.float32, "*fp32", 64, 1)]))
+def row(kernel, signature, constants, warps, dtype, has_dot, architecture):
+    case = CompileCase(kernel.__name__, kernel, signature, constants, warps, 1, dtype, has_dot)
+    return vars(measure(case, ARCHITECTURES[architecture], ""))
+
+pointers = {"a": "*bf16", "b": "*bf16", "c": "*fp32"}
+clean = [row(product, pointers, {"SIZE": 64}, 4, torch.bfloat16, True, name) for name in ("sm_80", "sm_90", "sm_100")]
+# 512 registers of values for each thread of one warp, all alive until their sum is known.
+sizes = {"ROWS": 64, "COLUMNS": 256}
+spilled = row(normalize, {"a": "*fp32", "c": "*fp32"}, sizes, 1, torch.float32, False, "sm_80")
+print(json.dumps([clean, spilled]))
 """
 
 
 def test_measures_compiled_code(tmp_path: Path) -> None:
-    """A small product of bfloat16 is clean on three generations of tensor cores; a huge one in float32 spills."""
+    """A small product is clean on three generations of tensor cores; a tile beyond the registers spills."""
     script = tmp_path / "scratch.py"
     script.write_text(SCRATCH)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=True)
-    small, huge = ([Measurement(**row) for row in rows] for rows in json.loads(result.stdout))
-    for measurement in small:
+    clean, spilled = json.loads(result.stdout)
+    for measurement in (Measurement(**row) for row in clean):
         assert measurement.problems == []
         assert measurement.tensor_core_instructions > 0
         assert 16 < measurement.registers <= 255
         assert 0 < measurement.occupancy <= 1
-    assert all(measurement.spill_bytes > 0 and measurement.registers == 255 for measurement in huge)
-    assert all(measurement.tensor_core_instructions == 0 for measurement in huge)
+    huge = Measurement(**spilled)
+    assert huge.spill_bytes > 0
+    assert huge.problems == [f"spills {huge.spill_bytes} bytes per thread"]
+    assert huge.tensor_core_instructions == 0
