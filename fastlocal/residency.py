@@ -119,8 +119,8 @@ class Residency:
             self._drop(parameter)
         for optimizer in self.optimizers if self.keep != "all" else ():
             if optimizer is not None:
-                for parameter in list(optimizer.state):
-                    self._return_state(optimizer, cast(nn.Parameter, parameter))
+                for trained in list(optimizer.state):
+                    self._return_state(optimizer, cast(nn.Parameter, trained))
         self.synchronize()
 
     def release(self) -> None:
