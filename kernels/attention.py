@@ -104,7 +104,8 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float)
     if _implementation(q) == "triton":
         from fastlocal.kernels import attention_triton
 
-        return out, attention_triton.forward(q, k, v, bias, scale, out)
+        with torch.cuda.device_of(q):  # Triton launches on the current device
+            return out, attention_triton.forward(q, k, v, bias, scale, out)
     probabilities, lse = _reference_probabilities(q, k, bias, scale)
     return out.copy_(_multiply(probabilities, v)), lse
 
@@ -132,7 +133,8 @@ def _backward(
     if _implementation(q) == "triton":
         from fastlocal.kernels import attention_triton
 
-        attention_triton.backward(d_out, q, k, v, bias, scale, out, lse, d_q, d_k, d_v, d_bias)
+        with torch.cuda.device_of(q):
+            attention_triton.backward(d_out, q, k, v, bias, scale, out, lse, d_q, d_k, d_v, d_bias)
         return d_q, d_k, d_v, d_bias
     probabilities, _ = _reference_probabilities(q, k, bias, scale)
     d_v.copy_(_multiply(probabilities.mT, d_out))

@@ -167,7 +167,8 @@ def _forward(
     if _implementation(hidden) == "triton":
         from fastlocal.kernels import reconstruction_loss_triton
 
-        losses = reconstruction_loss_triton.loss_sums(hidden, weight, bias, patches, kind, normalize_target)
+        with torch.cuda.device_of(hidden):  # Triton launches on the current device
+            losses = reconstruction_loss_triton.loss_sums(hidden, weight, bias, patches, kind, normalize_target)
     else:
         losses = hidden.new_zeros(hidden.shape[0], dtype=_accumulate_dtype(hidden.dtype))
         for tile in _tiles(hidden, weight.shape[0]):
@@ -216,16 +217,17 @@ def _backward(
     cast_weight = weight.to(hidden.dtype)
     patches = _patches(target, upsample)
     for tile in _tiles(hidden, weight.shape[0]):
-        gradient = tile_gradient(
-            hidden[tile],
-            cast_weight,
-            bias,
-            patches[tile],
-            upstream[tile[0]],
-            kind,
-            normalize_target,
-            d_bias if needs_bias else None,
-        )
+        with torch.cuda.device_of(hidden):
+            gradient = tile_gradient(
+                hidden[tile],
+                cast_weight,
+                bias,
+                patches[tile],
+                upstream[tile[0]],
+                kind,
+                normalize_target,
+                d_bias if needs_bias else None,
+            )
         if needs_hidden:
             torch.mm(gradient, cast_weight, out=d_hidden[tile].view(-1, hidden.shape[-1]))
         if needs_weight:
