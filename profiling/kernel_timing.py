@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch._functorch import config as functorch_config
 
-from fastlocal.kernels import use_kernels
+from fastlocal.kernels import dispatch, use_kernels
 from fastlocal.profiling import results
 from fastlocal.profiling.workloads import COMPILED, FLEX, OURS, UNFUSED, Problem, Provider, Workload
 
@@ -70,7 +71,7 @@ def time_kernels(bench: Bench, chosen: Sequence[Workload], path: Path) -> list[d
     Nothing is timed for a workload and dtype whose fused op is wrong: the row says so instead, in its ``error``.
     """
     # A backward is timed on one graph, again and again; memory that torch.compile reuses would be gone the second time.
-    torch._functorch.config.donated_buffer = False
+    functorch_config.donated_buffer = False
     rows = []
     for dtype in DTYPES:
         for workload in chosen:
@@ -86,7 +87,8 @@ def _workload_rows(bench: Bench, workload: Workload, dtype: torch.dtype) -> Any:
     place = {"bench": "kernels", "op": workload.op, "shape": workload.shape, "dtype": str(dtype).removeprefix("torch.")}
     torch._dynamo.reset()  # each workload's rivals are compiled for its shapes alone
     wrong = check(workload, dtype, bench.device)
-    yield {**place, "provider": OURS, "direction": "check", "error": wrong}
+    implementation = dispatch.implementation(bench.device)
+    yield {**place, "provider": OURS, "implementation": implementation, "direction": "check", "error": wrong}
     if wrong is not None:
         return
     torch.manual_seed(0)
@@ -104,9 +106,7 @@ def _workload_rows(bench: Bench, workload: Workload, dtype: torch.dtype) -> Any:
             }
             try:
                 row |= measure(bench, problem, provider, direction)
-            except Exception as error:  # a rival that cannot run this shape or version is a result too
-                if name == OURS:
-                    raise
+            except Exception as error:  # that a provider cannot run this shape or version is a result too
                 yield {**row, "error": (str(error).strip() or repr(error)).split("\n")[0]}
                 break
             yield row
