@@ -155,7 +155,7 @@ def _blocks(outputs: int, dtype: torch.dtype, normalize: bool) -> Blocks:
         return Blocks(64, 32, 32, 4, 1)
     if outputs <= 64 or normalize:  # the statistics of a wider tile do not fit the registers
         return Blocks(64, 64, 32, 4, 3)
-    return Blocks(64, 128, 64, 4, 3)
+    return Blocks(64, 128, 64, 8, 3)
 
 
 # --- Launchers --------------------------------------------------------------------------------------------------------
