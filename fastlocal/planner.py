@@ -206,9 +206,13 @@ def search(
         for recompute in get_args(Recompute) if rivals else ():
             shape = _Shape(whole, whole, recompute, "all")
             opponents += [_fit(shape, limit, sizes) for sizes in (shape.sizes[:1], shape.sizes[1:]) if sizes]
-    chosen = next((c.plan for c in candidates if c.verdict == CHOSEN), None)
-    smallest = min(c.plan.peak for c in candidates if c.measured)
-    return Search(chosen, limit, tuple(candidates), tuple(opponents), smallest)
+        chosen = next((c.plan for c in candidates if c.verdict == CHOSEN), None)
+        peaks = [c.plan.peak for c in candidates if c.measured]
+        if chosen is None:
+            # What a bound rejected was never measured; the leanest way to train is among those.
+            lean = (shape for shape in shapes if shape.residency == "module")
+            peaks += [shape.rehearsal.peak(shape.recompute, shape.residency, 1) for shape in lean]
+    return Search(chosen, limit, tuple(candidates), tuple(opponents), min(peaks))
 
 
 def parse_bytes(text: str | int) -> int:

@@ -66,7 +66,7 @@ def small(build: Build) -> nn.Module:
 
 def test_the_chosen_plan_is_the_fastest_that_fits_and_trains(small: nn.Module) -> None:
     roomy = search(small, batch_size=8, budget="1GiB", rivals=False)
-    budget = int(0.6 * roomy.candidates[0].plan.peak)
+    budget = (roomy.candidates[0].plan.peak + search(small, batch_size=8, budget="1KiB", rivals=False).smallest) // 2
     found = search(small, batch_size=8, budget=budget, image_size=32)
     assert found.chosen is not None
     fitting = [c.plan for c in found.candidates if c.verdict in ("chosen", "fits, slower")]
@@ -99,7 +99,7 @@ def test_when_nothing_fits_the_smallest_budget_is_named_and_works(small: nn.Modu
     plan = fastlocal.plan(small, batch_size=8, memory=smallest, shrink_batch=True)
     assert plan.batch_size <= 4
     assert plan.peak <= parse_bytes(smallest)
-    assert plan.residency == "module"
+    assert plan.residency != "all"
     assert plan.traffic > 0
 
 
