@@ -71,26 +71,27 @@ def _traffic(arguments: Namespace) -> None:
         comparisons = traffic_report.traffic_report(arguments.only)
     except ValueError as error:
         raise UserError(f"--only: {error}") from None
-    report = traffic_report.table(comparisons)
-    print(report)
-    misses = [c for c in comparisons if not c.within_target]
-    for miss in misses:
+    print(traffic_report.table([comparison.row() for comparison in comparisons]))
+    for miss in (comparison for comparison in comparisons if not comparison.within_target):
         print(f"- {miss.op}, {miss.shape}, {miss.direction}: {miss.distinct_ratio:.2f} × compulsory, over the target")
+
+    # Part of the report (--only) replaces the same part of what was written before.
+    folder = arguments.output / "traffic"
+    file = folder / "report.json"
+    content = json.loads(file.read_text()) if arguments.only and file.exists() else {"ops": [], "blocks": []}
+    places = {(row["op"], row["shape"], row["direction"]): row for row in content["ops"]}
+    places |= {(c.op, c.shape, c.direction): c.row() for c in comparisons}
+    blocks = [block_traffic.BlockTraffic(**block) for block in content["blocks"]]
     if not arguments.only:
         blocks = block_traffic.block_traffic()
-        block_report = block_traffic.tables(blocks)
-        print(f"\n{block_report}")
-        folder = arguments.output / "traffic"
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "README.md").write_text(
-            f"# Bytes moved\n\n## By each fused op\n\n{report}\n\n## By one block in training\n\n{block_report}\n"
-        )
-        content = {
-            "origin": results.origin(),
-            "ops": [comparison.row() for comparison in comparisons],
-            "blocks": [vars(count) for count in blocks],
-        }
-        (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n")
+        print(f"\n{block_traffic.tables(blocks)}")
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"origin": results.origin(), "ops": list(places.values()), "blocks": [vars(block) for block in blocks]}
+    file.write_text(json.dumps(content, indent=1) + "\n")
+    (folder / "README.md").write_text(
+        f"# Bytes moved\n\n## By each fused op\n\n{traffic_report.table(content['ops'])}\n\n"
+        f"## By one block in training\n\n{block_traffic.tables(blocks)}\n"
+    )
 
 
 def _time(arguments: Namespace) -> bool:

@@ -50,7 +50,7 @@ class Comparison:
     def within_target(self) -> bool:
         return self.distinct_ratio <= TARGETS[self.direction]
 
-    def row(self) -> dict[str, str | int | float | bool]:
+    def row(self) -> dict[str, Any]:
         mebi = 2**20
         return {
             "op": self.op,
@@ -178,8 +178,8 @@ def _mm_float32(left: Tensor, right: Tensor) -> Tensor:
     return left.float() @ right.float()
 
 
-def table(comparisons: list[Comparison]) -> str:
-    """The comparisons as Markdown, and what the columns mean."""
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows of comparisons as Markdown, and what the columns mean."""
     legend = (
         f"Batch {BATCH}, two-byte elements (bfloat16, float16). *Compulsory*: inputs read once, outputs written once; "
         "a backward reads the inputs again. *Ours*: each 32-byte sector once per kernel launch and direction; loads "
@@ -189,4 +189,4 @@ def table(comparisons: list[Comparison]) -> str:
         "*Unfused*: timm's or PyTorch's eager ops under CUDA's autocast rules, inputs read once, outputs written once. "
         f"Targets: ours at most {TARGETS['forward']:.2f} × compulsory forward, {TARGETS['backward']:.2f} × backward."
     )
-    return f"{results.markdown_table([comparison.row() for comparison in comparisons])}\n\n{legend}"
+    return f"{results.markdown_table(rows)}\n\n{legend}"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastlocal.profiling import block_traffic, traffic, traffic_report, workloads
+from fastlocal.profiling.cli import bench
 from fastlocal.profiling.traffic import CountTraffic, CudaAutocastPolicy, Entry, Traffic
 from fastlocal.profiling.workloads import UNFUSED, Workload
 
@@ -189,3 +192,34 @@ def test_torch_compile_is_asked_what_it_would_move() -> None:
     torch._dynamo.reset()
     assert list(kernels[False].values()) == [2 * 4000]  # one kernel, x in and the result out
     assert sum(kernels[True].values()) == 3 * 4000  # x and the gradient in, the gradient out
+
+
+# --- The command ------------------------------------------------------------------------------------------------------
+
+
+def test_part_of_the_report_replaces_that_part(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    moved = 0
+
+    def report(only: str) -> list[traffic_report.Comparison]:
+        shapes = [shape for shape in ("small", "large") if only in shape]
+        return [
+            traffic_report.Comparison("attention", shape, "forward", 2**20, Traffic(1, 1, 2**20 + moved), 5 * 2**20)
+            for shape in shapes
+        ]
+
+    blocks = [block_traffic.BlockTraffic("block", name, {"norm": 2**20}, {}) for name in block_traffic.VARIANTS]
+    monkeypatch.setattr(traffic_report, "traffic_report", report)
+    monkeypatch.setattr(block_traffic, "block_traffic", lambda: blocks)
+    assert bench(["kernels", "--traffic", "--output", str(tmp_path)]) == 0
+    moved = 2**20
+    assert bench(["kernels", "--traffic", "--output", str(tmp_path), "--only", "large"]) == 0
+    content = json.loads((tmp_path / "traffic/report.json").read_text())
+    assert [(row["shape"], row["ours / compulsory"], row["within target"]) for row in content["ops"]] == [
+        ("small", 1.0, True),
+        ("large", 2.0, False),
+    ]
+    assert [block["variant"] for block in content["blocks"]] == list(block_traffic.VARIANTS)
+    assert "large, forward: 2.00 × compulsory, over the target" in capsys.readouterr().out
+    assert "compiled + fused ops" in (tmp_path / "traffic/README.md").read_text()
