@@ -49,10 +49,9 @@ def _compile_report(arguments: Namespace) -> bool:
         measurements = compile_report.compile_report(folder / "report.json", arguments.architectures, arguments.only)
     except ValueError as error:
         raise UserError(f"--only: {error}") from None
-    report = compile_report.table(measurements)
-    print(report)
-    if not arguments.only and not arguments.architectures:
-        (folder / "README.md").write_text(f"# What the kernels compile to\n\n{report}\n")
+    print(compile_report.table(measurements))
+    known = compile_report.read_report(folder / "report.json")
+    (folder / "README.md").write_text(f"# What the kernels compile to\n\n{compile_report.table(known)}\n")
     faulty = [m for m in measurements if m.problems]
     print(f"\n{len(measurements)} binaries, {len(faulty)} that must not ship.")
     for measurement in faulty:
