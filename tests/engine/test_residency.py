@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import fastlocal
+from fastlocal import memory
 from fastlocal.objectives import OBJECTIVES
 
 Build = Callable[..., nn.Module]
@@ -89,3 +91,20 @@ def test_the_model_is_whole_between_steps(build: Build, batch: Batch) -> None:
     trainer.model.eval()
     torch.testing.assert_close(model(images), trainer.predict(images)[-1])
     assert all(p.grad is None for p in model.parameters())
+
+
+@pytest.mark.parametrize("residency", ["all", "optimizer", "module"])
+def test_nothing_leaks_over_fifty_steps(build: Build, residency: str) -> None:
+    generator = torch.Generator().manual_seed(1)
+    images, labels = torch.randn(4, 3, 32, 32, generator=generator), torch.arange(4)
+    trainer = fastlocal.LocalTrainer(build("vit", depth=2), modules=2, micro_batch=3, residency=residency)
+    trainer.step(images, labels)  # makes the optimizer states
+    gc.collect()
+    with memory.Meter(trainer.model, *trainer.optimizers, images, labels) as meter:
+        live = set()
+        for step in range(50):
+            trainer.step(images, labels)
+            if step in (1, 10, 49):
+                gc.collect()
+                live.add(meter.live)
+    assert len(live) == 1
