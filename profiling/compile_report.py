@@ -22,7 +22,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -120,6 +120,9 @@ def compile_report(report_file: Path, architectures: list[str] | None = None, on
     with ProcessPoolExecutor(PROCESSES, mp_context=context, initializer=_stop_interpreting) as pool:
         wanted = pool.submit(_list_cases).result()
         current = {(key, architecture): known.get((key, architecture)) for _, key, architecture in wanted}
+        for name, key, architecture in wanted:
+            if (measurement := current[key, architecture]) is not None:
+                current[key, architecture] = replace(measurement, case=name)  # renaming a case changes no code
         selected = [
             (name, key, architecture)
             for name, key, architecture in wanted
