@@ -32,18 +32,19 @@ def measured(model: nn.Module, batch_size: int, arguments: dict[str, Any]) -> in
     return meter.peak
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("seed", range(8))
 def test_predictions_are_the_meters_over_random_plans(build: Build, seed: int) -> None:
-    """50 random plans per seed, 200 in all: within 3 % of the measured peak, never under it by more than 1 %."""
+    """25 random plans per seed, 200 in all: within 3 % of the measured peak, never under it by more than 1 %."""
     draw = random.Random(seed)
     families = {
-        "swin": build("swin", depths=(1, 2, 1, 1), embed_dim=32, num_heads=(1, 2, 4, 8)),
+        "swin": build("swin", depths=(1, 1, 1), embed_dim=32, num_heads=(1, 2, 4)),
         "vit": build("vit", depth=3, patch_size=8, embed_dim=64),
     }
     rehearsals: dict[tuple, _Rehearsal] = {}
     with memory.dry_run():
-        for _ in range(50):
-            family, objective = draw.choice(["swin", *["vit"] * 6]), draw.choice(list(OBJECTIVES))
+        for _ in range(25):
+            family, objective = draw.choice(["swin", *["vit"] * 7]), draw.choice(list(OBJECTIVES))
             modules, batch_size = draw.choice([2, 3]), draw.choice([6, 16])
             recompute, residency = draw.choice(["none", "block"]), draw.choice(["all", "optimizer", "module"])
             micro_batch = -(-batch_size // draw.choice([1, 2, 3, 4]))

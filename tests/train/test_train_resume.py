@@ -155,6 +155,10 @@ def test_a_second_ctrl_c_ends_at_once(tiny: Options, monkeypatch: pytest.MonkeyP
         _press_ctrl_c()
 
     _interrupt(monkeypatch, "step", 2, twice)
-    with pytest.raises(KeyboardInterrupt):
-        loop.run(TrainConfig.of(**tiny()))
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's workers ignore Ctrl-C
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            loop.run(TrainConfig.of(**tiny()))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)
