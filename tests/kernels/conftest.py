@@ -6,6 +6,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.utils._device
+
+# torch lists the functions that `torch.device(...)` contexts steer once and for all; it must see them before they are patched.
+torch.utils._device._device_constructors()
 
 
 def _poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:

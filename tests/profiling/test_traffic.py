@@ -69,7 +69,6 @@ def test_autocast_policy_is_that_of_cuda() -> None:
                 block.train()(x)
         return counter.total.every
 
-    FakeTensorMode.cache_clear()  # of what other tests ran on fake CPU tensors: it remembers results with their device
     on_cpu = count("cpu")
     # torch.autocast("cuda") refuses to start without a card; the switches under it do not.
     torch.set_autocast_enabled("cuda", True)
