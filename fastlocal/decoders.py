@@ -8,6 +8,7 @@ loss, so that the reconstruction itself is never stored.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Literal, get_args
 
 import torch
@@ -22,7 +23,7 @@ from fastlocal.kernels import reconstruction_loss
 Kind = Literal["mse", "l1", "smooth_l1"]
 
 
-class Decoder(nn.Module):
+class Decoder(nn.Module, ABC):
     """What every decoder offers; subclasses define `loss` and `forward`.
 
     Args:
@@ -42,13 +43,13 @@ class Decoder(nn.Module):
         self.normalize_target = normalize_target
         self.upsample = upsampling(source, target)
 
+    @abstractmethod
     def forward(self, h: Tensor) -> Tensor:
         """The reconstruction as a grid [B, target.height, target.width, target.channels], for looking at."""
-        raise NotImplementedError
 
+    @abstractmethod
     def loss(self, h: Tensor, target: Tensor) -> Tensor:
         """The mean loss over all elements (fp32 scalar) of reconstructing ``target`` [B, *target.shape] from ``h``."""
-        raise NotImplementedError
 
     def target_grid(self, target: Tensor) -> Tensor:
         """``target`` as a grid of exactly ``upsample`` times the source's size."""
@@ -65,9 +66,9 @@ class ProjectionDecoder(Decoder):
         nn.init.trunc_normal_(self.projection.weight, std=0.02)
         nn.init.zeros_(self.projection.bias)
 
+    @abstractmethod
     def hidden(self, h: Tensor) -> Tensor:
         """Features [B, *source.shape] → grid [B, height, width, channels] that the projection reads."""
-        raise NotImplementedError
 
     def forward(self, h: Tensor) -> Tensor:
         grid = self.projection(self.hidden(h))

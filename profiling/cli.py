@@ -31,7 +31,10 @@ class UserError(Exception):
 
 
 def bench(argv: list[str]) -> int:
-    """Run ``fastlocal bench`` with the arguments after ``bench``; returns the exit code (2 for bad input)."""
+    """Measure kernels, memory and throughput, and report what was measured.
+
+    ``argv`` holds the arguments after ``bench``; returns the exit code, 2 for bad input.
+    """
     parser = ArgumentParser(
         prog="fastlocal bench", description="Measure fastlocal; every result is also a row in a file."
     )
