@@ -60,6 +60,12 @@ class LocalModule(nn.Module):
         """Whether the module's loss needs the images."""
         return self.decoder is not None and self.decoder.target.layout == "NCHW"
 
+    @property
+    def heads(self) -> nn.ModuleDict:
+        """What the backbone does not have: auxiliary head and decoder, as far as there are any."""
+        heads = {"auxiliary": self.auxiliary, "decoder": self.decoder}
+        return nn.ModuleDict({name: head for name, head in heads.items() if head is not None})
+
     def forward(self, x: Tensor) -> Features:
         """Run stem (in module 1) and blocks on ``x``, images or the previous module's output."""
         embedded = x if self.stem is None else self.stem(x)

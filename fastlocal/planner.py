@@ -327,7 +327,7 @@ class _Rehearsal:
             trainer.residency.park()
         images = torch.empty(batch, *trainer.backbone.image.shape, dtype=torch.uint8)
         labels = torch.empty(batch, dtype=torch.int64)
-        heads = [head for module in trainer.modules for head in (module.auxiliary, module.decoder) if head is not None]
+        heads = [module.heads for module in trainer.modules]
         with memory.Meter(trainer.model, *heads, *trainer.optimizers, images, labels) as meter:
             trainer.step(images, labels)
         return meter

@@ -115,6 +115,7 @@ class Residency:
 
     def park(self) -> None:
         """Move home whatever is on the device and need not be, after a checkpoint was loaded or a step was cut off."""
+        self._await_copies()  # else a prefetch under way would write to memory that is free again
         for parameter in list(self._on_device):
             self._drop(parameter)
         for optimizer in self.optimizers if self.keep != "all" else ():

@@ -10,51 +10,29 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from difflib import get_close_matches
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
-from timm.optim import param_groups_weight_decay
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from fastlocal import memory
 from fastlocal.backbone import backbone
+from fastlocal.checks import check_autocast, check_choice, check_fit, check_images, check_labels
 from fastlocal.decoders import DECODERS, Kind
 from fastlocal.heads import AuxiliaryHead
 from fastlocal.kernels import accelerate, dispatch, use_kernels
 from fastlocal.kernels.dispatch import CHOICES, Choice
+from fastlocal.metrics import Recorder, StepMetrics
 from fastlocal.module import LocalModule, Recompute
 from fastlocal.objectives import OBJECTIVES, Objective
+from fastlocal.optimizers import Make, adamw, make_optimizers
 from fastlocal.partition import partition
 from fastlocal.residency import Keep, Residency
 
 STATE_VERSION = 1
-
-
-@dataclass(frozen=True)
-class StepMetrics:
-    """What one step measured; tensors stay on the device, so that reading them is the caller's choice.
-
-    Attributes:
-        loss: [exits] fp32, each classifier's cross-entropy, a mean over the batch. Every module has a classifier, except
-            that exact gradients use the last one only.
-        correct: [exits], how many samples each classifier got right (against the likelier label, if labels are soft).
-        regularizer: [exits] fp32, reconstruction or transport term before its weight; 0 where there is none.
-        gradient_norm: [modules] fp32, before clipping.
-        skipped: [modules] bool, whether a non-finite gradient made the module skip its step.
-        samples: size of the batch.
-    """
-
-    loss: Tensor
-    correct: Tensor
-    regularizer: Tensor
-    gradient_norm: Tensor
-    skipped: Tensor
-    samples: int
 
 
 class LocalTrainer:
@@ -105,7 +83,7 @@ class LocalTrainer:
         modules: int | str | Sequence[int] = 4,
         objective: str = "feature",
         decoder: str = "linear",
-        optimizer: Callable[[list[dict[str, Any]]], torch.optim.Optimizer] | None = None,
+        optimizer: Make | None = None,
         micro_batch: int | None = None,
         recompute: Recompute = "none",
         residency: Keep = "all",
@@ -124,12 +102,12 @@ class LocalTrainer:
         lookahead: int = 0,
         compile: bool = False,
     ) -> None:
-        _check_choice("objective", objective, list(OBJECTIVES))
-        _check_choice("decoder", decoder, list(DECODERS))
-        _check_choice("recompute", recompute, get_args(Recompute))
-        _check_choice("residency", residency, get_args(Keep))
-        _check_choice("kernels", kernels, CHOICES)
-        _check_choice("first_target", first_target, ("image", "patch"))
+        check_choice("objective", objective, list(OBJECTIVES))
+        check_choice("decoder", decoder, list(DECODERS))
+        check_choice("recompute", recompute, get_args(Recompute))
+        check_choice("residency", residency, get_args(Keep))
+        check_choice("kernels", kernels, CHOICES)
+        check_choice("first_target", first_target, ("image", "patch"))
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1, or None for the whole batch; got {micro_batch}.")
         if lookahead < 0:
@@ -137,7 +115,7 @@ class LocalTrainer:
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        _check_amp(amp_dtype, self.device)
+        check_autocast(amp_dtype, self.device)
 
         self.model = model
         self.backbone = backbone(model)
@@ -182,11 +160,9 @@ class LocalTrainer:
             for tensor in tensors:
                 tensor.data = tensor.data.to(self.device)
         for module in self.modules:
-            for head in (module.auxiliary, module.decoder):
-                if head is not None:
-                    head.to(self.device)
+            module.heads.to(self.device)
 
-        self._trained, optimizers = self._optimizers(optimizer or _adamw)
+        self._trained, optimizers = make_optimizers(model, self.modules, optimizer or adamw)
         self.optimizers: list[torch.optim.Optimizer] = [o for o in optimizers if o is not None]
         self._optimizer_of = optimizers
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == torch.float16)
@@ -213,7 +189,8 @@ class LocalTrainer:
             ValueError: shapes do not fit the model, a label is outside the classes, or (where looking costs no
                 synchronization: on CPU tensors) a pixel is NaN or infinite.
         """
-        self._check_batch(images, labels)
+        check_images(images, self.backbone.image)
+        check_labels(labels, len(images), self.classes)
         if not self.model.training:
             self.model.train()
         for module in self.modules:
@@ -221,7 +198,7 @@ class LocalTrainer:
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         run = self._exact_step if self.objective.exact else self._local_step
         while True:
-            record = _Recorder(len(images), self._exits, len(self.modules), self.device)
+            record = Recorder(len(images), self._exits, len(self.modules), self.device)
             try:
                 with use_kernels(self.kernels):
                     run(images, labels, record)
@@ -246,7 +223,7 @@ class LocalTrainer:
             images: as for `step`.
             ema: use the moving average of the model, which has only the last classifier: [1, B, classes].
         """
-        self._check_images(images)
+        check_images(images, self.backbone.image)
         images = images.to(self.device, non_blocking=True)
         parts = self._parts(len(images))
         if ema:
@@ -284,7 +261,7 @@ class LocalTrainer:
             "heads": {
                 f"{k}.{name}": value
                 for k, module in enumerate(self.modules)
-                for name, value in _heads(module).state_dict().items()
+                for name, value in module.heads.state_dict().items()
             },
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "scaler": self.scaler.state_dict(),
@@ -301,10 +278,10 @@ class LocalTrainer:
         for key, value in ours.items():
             if state.get(key) != value:
                 raise ValueError(f"state: its {key} is {state.get(key)!r}, and this trainer's is {value!r}.")
-        _check_fit("model", state["model"], self.model.state_dict())
-        heads = [_heads(module) for module in self.modules]
+        check_fit("model", state["model"], self.model.state_dict())
+        heads = [module.heads for module in self.modules]
         ours_heads = {f"{k}.{name}": v for k, head in enumerate(heads) for name, v in head.state_dict().items()}
-        _check_fit("heads", state["heads"], ours_heads)
+        check_fit("heads", state["heads"], ours_heads)
         if len(state["optimizers"]) != len(self.optimizers) or (state["ema"] is None) != (self.ema is None):
             raise ValueError("state: it was saved with other optimizers or another ema_decay than this trainer's.")
         self.model.load_state_dict(state["model"])
@@ -323,7 +300,7 @@ class LocalTrainer:
 
     # The two steps
 
-    def _local_step(self, images: Tensor, labels: Tensor, record: _Recorder) -> None:
+    def _local_step(self, images: Tensor, labels: Tensor, record: Recorder) -> None:
         x = images
         for k, module in enumerate(self.modules):
             with self.residency.on_device(k, self._next(k)):
@@ -341,7 +318,7 @@ class LocalTrainer:
             if not any(later.reads_image for later in self.modules[k + 1 :]):
                 images = x
 
-    def _train_part(self, k: int, x: Tensor, image: Tensor | None, labels: Tensor, record: _Recorder) -> Tensor:
+    def _train_part(self, k: int, x: Tensor, image: Tensor | None, labels: Tensor, record: Recorder) -> Tensor:
         """Forward and backward of a local module on one part; returns the detached output, and the graph is gone."""
         module = self.modules[k]
         if k == 0:
@@ -363,7 +340,7 @@ class LocalTrainer:
         self._backward(total, len(labels) / record.samples)
         return features.output.detach()
 
-    def _exact_step(self, images: Tensor, labels: Tensor, record: _Recorder) -> None:
+    def _exact_step(self, images: Tensor, labels: Tensor, record: Recorder) -> None:
         parts = self._parts(len(labels))
         last = len(self.modules) - 1
         # Forward without a graph: what enters each module, and the random numbers each part of it is about to draw.
@@ -403,7 +380,7 @@ class LocalTrainer:
         with self._autocast():
             return self.modules[k](self._prepare(x) if k == 0 else x).output
 
-    def _backpropagate_last(self, x: Tensor, labels: Tensor, record: _Recorder) -> Tensor | None:
+    def _backpropagate_last(self, x: Tensor, labels: Tensor, record: Recorder) -> Tensor | None:
         """Loss and backward of the last module on one part; returns the gradient of ``x``, None for images."""
         k = len(self.modules) - 1
         x = self._leaf(k, x)
@@ -486,7 +463,7 @@ class LocalTrainer:
         whole[part] = h
         return whole
 
-    def _update(self, k: int, record: _Recorder) -> None:
+    def _update(self, k: int, record: Recorder) -> None:
         """Clip, step and release the gradients of module ``k``."""
         optimizer = self._optimizer_of[k]
         gradients = [p for p in self._trained[k] if p.grad is not None]
@@ -529,34 +506,6 @@ class LocalTrainer:
             recompute=recompute,
         )
 
-    def _optimizers(
-        self, make: Callable[[list[dict[str, Any]]], torch.optim.Optimizer]
-    ) -> tuple[list[list[nn.Parameter]], list[torch.optim.Optimizer | None]]:
-        # timm decides what is free of weight decay from names, so it must see whole-model names, not a module's.
-        whole = cast(Any, self.model).no_weight_decay()
-        groups = param_groups_weight_decay(self.model, 1.0, no_weight_decay_list=whole)
-        for module in self.modules:
-            groups += param_groups_weight_decay(_heads(module), 1.0)
-        free = {id(p) for group in groups if group["weight_decay"] == 0.0 for p in group["params"]}
-        order = {id(p): i for i, p in enumerate(self.model.parameters())}
-        trained, optimizers, seen = [], [], set[int]()
-        for module in self.modules:
-            parameters = [p for p in module.parameters() if p.requires_grad]
-            parameters.sort(key=lambda p: order.get(id(p), len(order)))
-            if any(id(p) in seen for p in parameters):
-                raise ValueError(
-                    "modules: a parameter is shared by two modules, so they cannot be trained one at a time."
-                )
-            seen.update(id(p) for p in parameters)
-            trained.append(parameters)
-            groups = [
-                {"params": [p for p in parameters if id(p) not in free]},
-                {"params": [p for p in parameters if id(p) in free], "weight_decay": 0.0},
-            ]
-            groups = [group for group in groups if group["params"]]
-            optimizers.append(make(groups) if groups else None)
-        return trained, optimizers
-
     def _weights(
         self, regularizer: float | Sequence[float] | None, classification: float | Sequence[float] | None
     ) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -569,62 +518,6 @@ class LocalTrainer:
                 raise ValueError(f"{name} needs one number, or one for each of the {count} local modules; got {value}.")
             weights.append(values)
         return weights[0], weights[1]
-
-    def _check_images(self, images: Tensor) -> None:
-        shape, expected = tuple(images.shape), self.backbone.image.shape
-        if len(shape) != 4 or shape[1:] != expected or shape[0] == 0:
-            wanted = "×".join(map(str, expected))
-            raise ValueError(f"images must be [batch, {wanted}] for this model, got {list(shape)}.")
-        if not images.is_floating_point() and images.dtype != torch.uint8:
-            raise ValueError(f"images must be floating or uint8, got {images.dtype}.")
-        # Looking at a tensor on a card would make the host wait for it; a dry run has no values to look at.
-        looking = images.device.type == "cpu" and not memory.is_dry_run() and images.is_floating_point()
-        if looking and not bool(torch.isfinite(images).all()):
-            raise ValueError("images: a pixel is NaN or infinite.")
-
-    def _check_batch(self, images: Tensor, labels: Tensor) -> None:
-        self._check_images(images)
-        if labels.ndim == 2 and labels.is_floating_point():
-            if labels.shape != (len(images), self.classes):
-                raise ValueError(
-                    f"labels must be [{len(images)}, {self.classes}] probabilities, got {list(labels.shape)}."
-                )
-            return
-        if labels.shape != (len(images),) or labels.dtype != torch.int64:
-            raise ValueError(
-                f"labels must be {len(images)} int64 class indices or [{len(images)}, {self.classes}] probabilities, got"
-                f" {list(labels.shape)} of {labels.dtype}."
-            )
-        if labels.device.type == "cpu" and not memory.is_dry_run():
-            low, high = int(labels.min()), int(labels.max())
-            if low < 0 or high >= self.classes:
-                raise ValueError(
-                    f"labels must be from 0 to {self.classes - 1} for this model, got {low if low < 0 else high}."
-                )
-
-
-class _Recorder:
-    """Sums up a step's metrics over its parts."""
-
-    def __init__(self, samples: int, exits: range, modules: int, device: torch.device) -> None:
-        self.samples = samples
-        self.exits = exits
-        self.loss, self.regularizer = (torch.zeros(len(exits), device=device) for _ in range(2))
-        self.correct = torch.zeros(len(exits), dtype=torch.int64, device=device)
-        self.gradient_norm = torch.zeros(modules, device=device)
-        self.skipped = torch.zeros(modules, dtype=torch.bool, device=device)
-
-    @torch.no_grad()
-    def add(self, k: int, loss: Tensor, logits: Tensor, labels: Tensor, regularizer: Tensor | None) -> None:
-        exit, share = self.exits.index(k), len(labels) / self.samples
-        self.loss[exit] += loss * share
-        if regularizer is not None:
-            self.regularizer[exit] += regularizer * share
-        likelier = labels if labels.ndim == 1 else labels.argmax(dim=1)
-        self.correct[exit] += (logits.argmax(dim=1) == likelier).sum()
-
-    def metrics(self) -> StepMetrics:
-        return StepMetrics(self.loss, self.correct, self.regularizer, self.gradient_norm, self.skipped, self.samples)
 
 
 _GeneratorState = tuple[Tensor, Tensor | None]
@@ -644,15 +537,6 @@ def _replay(state: _GeneratorState, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _heads(module: LocalModule) -> nn.ModuleDict:
-    heads = {"auxiliary": module.auxiliary, "decoder": module.decoder}
-    return nn.ModuleDict({name: head for name, head in heads.items() if head is not None})
-
-
-def _adamw(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, lr=5e-4, weight_decay=0.05)
-
-
 def _mean_std(
     normalize: tuple[Sequence[float], Sequence[float]] | None, model: nn.Module, channels: int
 ) -> tuple[Tensor, Tensor]:
@@ -666,36 +550,6 @@ def _mean_std(
             f"normalize must be (mean, std) with {channels} numbers each and every std positive, got {normalize}."
         )
     return tuple(torch.tensor(values).view(-1, 1, 1) * 255 for values in (mean, std))  # type: ignore[return-value]
-
-
-def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:
-    if value not in choices:
-        close = get_close_matches(str(value), choices, n=1)
-        hint = f"; did you mean {close[0]!r}?" if close else "."
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}{hint}")
-
-
-def _check_amp(dtype: torch.dtype | None, device: torch.device) -> None:
-    if dtype not in (None, torch.bfloat16, torch.float16):
-        raise ValueError(f"amp_dtype must be torch.bfloat16, torch.float16 or None, got {dtype}.")
-    if (
-        dtype == torch.bfloat16
-        and device.type == "cuda"
-        and not torch.cuda.is_bf16_supported(including_emulation=False)
-    ):
-        raise ValueError("amp_dtype: this card has no bfloat16; use torch.float16.")
-
-
-def _check_fit(what: str, theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:
-    for name in ours.keys() ^ theirs.keys():
-        where = "missing from" if name in ours else "only in"
-        raise ValueError(f"state: {what} parameter {name} is {where} the saved state; it is of another model.")
-    for name, value in ours.items():
-        if value.shape != theirs[name].shape:
-            raise ValueError(
-                f"state: {what} parameter {name} is {list(theirs[name].shape)} in the saved state and"
-                f" {list(value.shape)} here; it is of another model."
-            )
 
 
 def _accelerate(model: nn.Module, required: bool) -> int:
