@@ -11,20 +11,23 @@ micro-batch that fits.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastlocal import memory
-from fastlocal.backbone import backbone
+from fastlocal.backbone import Block, backbone
 from fastlocal.kernels import accelerate, dispatch, use_kernels
+from fastlocal.metrics import Recorder
 from fastlocal.module import Recompute
+from fastlocal.objectives import Features
 from fastlocal.residency import Keep, Residency
 from fastlocal.trainer import LocalTrainer
 
@@ -196,15 +199,16 @@ def search(
     options.setdefault("amp_dtype", torch.bfloat16)
     with memory.dry_run():
         whole = _Rehearsal(model, batch_size, "end-to-end", 1, options)
+        flops = _Flops.count(whole)
         shapes = []
         for modules in _module_counts(len(view.blocks), objective == "end-to-end"):
             rehearsal = whole if modules == 1 else _Rehearsal(model, batch_size, objective, modules, options)
             for recompute in get_args(Recompute)[: 1 if modules == len(view.blocks) else 2]:
-                shapes += [_Shape(rehearsal, whole, recompute, keep) for keep in get_args(Keep)]
+                shapes += [_Shape(rehearsal, flops, recompute, keep) for keep in get_args(Keep)]
         candidates = list(_judge(shapes, limit))
         opponents = []
         for recompute in get_args(Recompute) if rivals else ():
-            shape = _Shape(whole, whole, recompute, "all")
+            shape = _Shape(whole, flops, recompute, "all")
             opponents += [_fit(shape, limit, sizes) for sizes in (shape.sizes[:1], shape.sizes[1:]) if sizes]
         chosen = next((c.plan for c in candidates if c.verdict == CHOSEN), None)
         peaks = [c.plan.peak for c in candidates if c.measured]
@@ -266,22 +270,33 @@ class _Rehearsal:
         rehearsed = {**options, "device": "cpu", "kernels": "reference"}
         self.trainer = LocalTrainer(copied, objective=objective, modules=modules, **rehearsed)
         self.cuts = tuple(span.start for span in self.trainer.spans[1:])
-        self._flops: dict[Recompute, float] = {}
+        self.spans, self.exact = self.trainer.spans, self.trainer.objective.exact
+        for optimizer in self.trainer.optimizers:  # make the optimizer states, as a first step would
+            for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+                parameter.grad = torch.empty_like(parameter)
+            optimizer.step()
+            optimizer.zero_grad()
 
-    def flops(self, recompute: Recompute) -> float:
-        """FLOPs of a step per sample. The first call also makes the optimizer states."""
-        if recompute not in self._flops:
-            with FlopCounterMode(display=False) as counter:
-                self._step(recompute, "all", 2, 2)
-            self._flops[recompute] = counter.get_total_flops() / 2
-        return self._flops[recompute]
+    @functools.cached_property
+    def heads_flops(self) -> float:
+        """FLOPs per sample of the local modules' auxiliary heads and decoders, forward and backward."""
+        trainer, view = self.trainer, self.trainer.backbone
+        record = Recorder(2, range(len(self.spans)), len(self.spans), trainer.device)
+        images, labels = torch.empty(2, *view.image.shape), torch.empty(2, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter:
+            for k, span in enumerate(self.spans[:-1]):
+                embedded, output = (torch.empty(2, *view.boundaries[i].shape) for i in (span.start, span.stop))
+                features = Features(embedded, output.requires_grad_(), residual=output.sum())
+                trainer.local_loss(k, features, images, labels, record).backward()
+        for optimizer in trainer.optimizers:
+            optimizer.zero_grad()
+        return counter.get_total_flops() / 2
 
     def peak(self, recompute: Recompute, residency: Keep, micro_batch: int) -> int:
         """Peak bytes on the device of a step in parts of ``micro_batch``."""
-        self.flops(recompute)
         parts = min(2, -(-self.batch_size // micro_batch))
         batch = min(parts * micro_batch, self.batch_size)
-        meter = self._step(recompute, residency, batch, micro_batch)
+        meter = self.step(recompute, residency, batch, micro_batch)
         more = self.batch_size / batch - 1  # of what scales with the batch: the rest repeats from part to part
         return max(
             sum(kinds.values()) + math.ceil(more * (kinds["boundary"] + kinds["inputs"]))
@@ -316,7 +331,8 @@ class _Rehearsal:
         again = sum(owned[:-1]) if self.trainer.objective.exact else 0
         return 2 * states + 2 * sum(owned) + again
 
-    def _step(self, recompute: Recompute, residency: Keep, batch: int, micro_batch: int) -> memory.Meter:
+    def step(self, recompute: Recompute, residency: Keep, batch: int, micro_batch: int) -> memory.Meter:
+        """The trainer's step on a batch in parts of ``micro_batch``, measured."""
         trainer = self.trainer
         trainer.micro_batch = micro_batch
         for module in trainer.modules:
@@ -334,11 +350,65 @@ class _Rehearsal:
 
 
 @dataclass(frozen=True)
+class _Flops:
+    """FLOPs per sample of plain training, counted once, and of its pieces, from which those of every candidate add up.
+
+    Swin-V2's blocks start with a matrix product whose input gradient plain training needs and a local module's first
+    block does not; it is counted all the same.
+
+    Attributes:
+        plain: of a whole step.
+        stem: of the stem's forward.
+        forward: of each block's forward.
+        again: of recomputing each block in the backward, which stops short of what no gradient needs.
+    """
+
+    plain: float
+    stem: float
+    forward: tuple[float, ...]
+    again: tuple[float, ...]
+
+    @classmethod
+    def count(cls, whole: _Rehearsal) -> _Flops:
+        """Count those of ``whole``, a single module, in one step that recomputes every block but the last."""
+        blocks = whole.trainer.backbone.blocks
+        runs: list[list[int]] = [[] for _ in blocks]  # the counter before and after each run of each block
+        with FlopCounterMode(display=False) as counter:
+
+            def note(block: nn.Module, *_: Any) -> None:
+                runs[blocks.index(cast(Block, block))].append(counter.get_total_flops())
+
+            handles = [block.register_forward_pre_hook(note) for block in blocks]
+            # A recomputation ends with an exception, as soon as it has what the backward needs.
+            handles += [block.register_forward_hook(note, always_call=True) for block in blocks]
+            whole.step("block", "all", 2, 2)
+        for handle in handles:
+            handle.remove()
+        forward = [run[1] - run[0] for run in runs]
+        again = [sum(run[3:4]) - sum(run[2:3]) for run in runs]
+        plain = counter.get_total_flops() - sum(again)
+        return cls(plain / 2, runs[0][0] / 2, tuple(f / 2 for f in forward), tuple(a / 2 for a in again))
+
+    def of(self, rehearsal: _Rehearsal, recompute: Recompute) -> float:
+        """FLOPs per sample of the step of ``rehearsal``."""
+        total = self.plain
+        if rehearsal.exact:  # one more forward of all modules but the last
+            total += sum(self.forward[: rehearsal.spans[-1].start]) + (self.stem if len(rehearsal.spans) > 1 else 0)
+        else:
+            total += rehearsal.heads_flops
+        if recompute == "block":
+            for module in rehearsal.trainer.modules:
+                again = self.forward if module.measure_residual else self.again  # to measure one needs the whole block
+                total += sum(again[i] for i in module.span[:-1])
+        return total
+
+
+@dataclass(frozen=True)
 class _Shape:
     """A candidate before its micro-batch is chosen."""
 
     rehearsal: _Rehearsal
-    plain: _Rehearsal
+    training: _Flops
     recompute: Recompute
     residency: Keep
 
@@ -353,8 +423,8 @@ class _Shape:
     def plan(self, micro_batch: int, peak: int = 0) -> Plan:
         """The plan with this micro-batch, its cost estimated."""
         rehearsal = self.rehearsal
-        flops, traffic = rehearsal.flops(self.recompute), rehearsal.traffic(self.residency)
-        compute = flops / self.plain.flops("none")
+        flops, traffic = self.training.of(rehearsal, self.recompute), rehearsal.traffic(self.residency)
+        compute = flops / self.training.plain
         launched = -(-rehearsal.batch_size // micro_batch) * len(rehearsal.trainer.backbone.blocks) * compute
         return Plan(
             objective=rehearsal.trainer.objective.name,
@@ -389,7 +459,6 @@ def _judge(shapes: Sequence[_Shape], limit: int) -> Iterator[Candidate]:
 
 def _fit(shape: _Shape, limit: int, sizes: Sequence[int]) -> Candidate:
     """``shape`` with the largest of ``sizes`` (descending) that fits ``limit``, or with the smallest one."""
-    shape.plan(sizes[-1])  # makes the optimizer states, whose bytes the bound needs
     bound = shape.rehearsal.state_bytes(shape.residency)
     if bound > limit:
         return Candidate(

@@ -27,7 +27,7 @@ from fastlocal.kernels import accelerate, dispatch, use_kernels
 from fastlocal.kernels.dispatch import CHOICES, Choice
 from fastlocal.metrics import Recorder, StepMetrics
 from fastlocal.module import LocalModule, Recompute
-from fastlocal.objectives import OBJECTIVES, Objective
+from fastlocal.objectives import OBJECTIVES, Features, Objective
 from fastlocal.optimizers import Make, adamw, make_optimizers
 from fastlocal.partition import partition
 from fastlocal.residency import Keep, Residency
@@ -327,6 +327,14 @@ class LocalTrainer:
             image = self._prepare(image)
         with self._autocast():
             features = module(x)
+        total = self.local_loss(k, features, image, labels, record)
+        self._backward(total, len(labels) / record.samples)
+        return features.output.detach()
+
+    def local_loss(self, k: int, features: Features, image: Tensor | None, labels: Tensor, record: Recorder) -> Tensor:
+        """What module ``k`` minimizes on one part, given its ``features``; its measurements go to ``record``."""
+        module = self.modules[k]
+        with self._autocast():
             logits = module.classify(features.output)
             regularizer = None
             if module.head is None and self._regularizer_weights[k] != 0:
@@ -337,8 +345,7 @@ class LocalTrainer:
             if regularizer is not None:
                 total = total + self._regularizer_weights[k] * regularizer
         record.add(k, loss, logits, labels, regularizer)
-        self._backward(total, len(labels) / record.samples)
-        return features.output.detach()
+        return total
 
     def _exact_step(self, images: Tensor, labels: Tensor, record: Recorder) -> None:
         parts = self._parts(len(labels))

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import fastlocal
 from fastlocal import memory
 from fastlocal.objectives import OBJECTIVES
-from fastlocal.planner import DoesNotFit, Plan, _Rehearsal, format_bytes, parse_bytes, search
+from fastlocal.planner import DoesNotFit, Plan, _Flops, _Rehearsal, format_bytes, parse_bytes, search
 
 Build = Callable[..., nn.Module]
 MIB = 2**20
@@ -26,8 +28,7 @@ def measured(model: nn.Module, batch_size: int, arguments: dict[str, Any]) -> in
     images = torch.empty(batch_size, 3, 32, 32, dtype=torch.uint8)
     labels = torch.empty(batch_size, dtype=torch.int64)
     trainer.step(images[:1], labels[:1])
-    heads = [head for m in trainer.modules for head in (m.auxiliary, m.decoder) if head is not None]
-    with memory.Meter(model, *heads, *trainer.optimizers, images, labels) as meter:
+    with memory.Meter(model, *(m.heads for m in trainer.modules), *trainer.optimizers, images, labels) as meter:
         trainer.step(images, labels)
     return meter.peak
 
@@ -58,6 +59,21 @@ def test_predictions_are_the_meters_over_random_plans(build: Build, seed: int) -
                 families[family], batch_size, {**plan, "objective": objective, "micro_batch": micro_batch}
             )
             assert 0.99 * actual <= predicted <= 1.03 * actual, (key, plan, micro_batch, predicted, actual)
+
+
+@pytest.mark.parametrize("family", ["swin", "vit"])
+def test_flops_are_those_of_the_step(build: Build, family: str) -> None:
+    """FLOPs that add up from pieces counted once are exactly those that a counter finds in the whole step."""
+    model = build(family, **({"depths": (2, 2, 2), "num_heads": (1, 2, 4)} if family == "swin" else {"depth": 4}))
+    with memory.dry_run():
+        for options in ({}, {"lookahead": 1, "decoder": "transformer"}):
+            flops = _Flops.count(_Rehearsal(model, 4, "end-to-end", 1, options))
+            for objective, modules, recompute in product(OBJECTIVES, (2, 3), ("none", "block")):
+                rehearsal = _Rehearsal(model, 4, objective, modules, options)
+                with FlopCounterMode(display=False) as counter:
+                    rehearsal.step(recompute, "all", 2, 2)  # type: ignore[arg-type]
+                counted = counter.get_total_flops() / 2
+                assert flops.of(rehearsal, recompute) == counted, (options, objective, modules, recompute)  # type: ignore[arg-type]
 
 
 @pytest.fixture
