@@ -120,7 +120,7 @@ def _window_attention(size: int, heads: int, shift: int, window: int = 7, head_d
             function = function or block._attn
 
             def run() -> Tensor:
-                with torch.autocast(device.type, dtype):
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     return function(x)
 
             return Provider(run, (x, windows, block.attn.relative_position_bias_table))
@@ -224,7 +224,7 @@ def _attention(tokens: int, heads: int, head_dim: int) -> Callable[..., Problem]
             module.proj = nn.Identity()
 
             def run() -> Tensor:
-                with torch.autocast(device.type, dtype):
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                     return module(x)
 
             return run
@@ -282,7 +282,7 @@ def _reconstruction_loss(size: int, channels: int, upsample: int, target_channel
         leaves = (hidden, weight, bias)
 
         def eager() -> Tensor:
-            with torch.autocast(device.type, dtype):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
                 patches = F.linear(hidden, weight, bias).unflatten(-1, (upsample, upsample, target_channels))
                 return F.mse_loss(patches.transpose(2, 3).reshape(target.shape), target)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
+from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
@@ -53,20 +55,26 @@ def build_device(config: TrainConfig) -> torch.device:
     return device
 
 
-def build_model(config: TrainConfig, classes: int, image_size: int) -> nn.Module:
-    """The timm model, untrained, for square images of ``image_size`` pixels.
+def build_model(config: TrainConfig, classes: int, image_size: int, *, start: bool = False) -> nn.Module:
+    """The timm model for square images of ``image_size`` pixels.
+
+    Args:
+        start: with the weights that the run starts from, ``--pretrained`` or ``--initial-checkpoint``; else untrained.
 
     Raises:
-        UserError: the architecture is not supported, refuses an argument, or does not fit the image size.
+        UserError: the architecture is not supported, refuses an argument, does not fit the image size, or there are no
+            such weights.
     """
     arguments = {"drop_path_rate": config.drop_path, "img_size": image_size, **config.model_kwargs}
+    if start and config.pretrained:
+        arguments["pretrained"] = True
     try:
         model = timm.create_model(config.model, num_classes=classes, **arguments)
     except Exception as error:  # timm checks its arguments with whatever the layers raise
         backbone(timm.create_model(config.model))  # an unsupported architecture is the better explanation
         given = " ".join(f"{name}={value}" for name, value in arguments.items())
         raise UserError(
-            f"--model {config.model} cannot be built with {given}: {' '.join(str(error).split())}."
+            f"--model {config.model} cannot be built with {given}: {' '.join(str(error).split()).rstrip('.')}."
         ) from None
     backbone(model)  # refuses an unsupported architecture
     patch = max(cast(Any, model).patch_embed.patch_size)
@@ -75,6 +83,18 @@ def build_model(config: TrainConfig, classes: int, image_size: int) -> nn.Module
             f"--model {config.model} does not fit images of {image_size} pixels, which is no multiple of its patch"
             f" size, {patch}; change either with --model-kwargs img_size=… patch_size=…."
         )
+    if start and config.initial_checkpoint is not None:
+        if not Path(config.initial_checkpoint).is_file():
+            raise UserError(f"--initial-checkpoint {config.initial_checkpoint} is no file.")
+        try:
+            load_checkpoint(model, config.initial_checkpoint)
+        except (
+            Exception
+        ) as error:  # whatever a file that is no checkpoint, or one of another model, makes the readers raise
+            reason = " ".join(str(error).split())[:200].rstrip(".")
+            raise UserError(
+                f"--initial-checkpoint {config.initial_checkpoint} cannot be loaded into {config.model}: {reason}."
+            ) from None
     return model
 
 

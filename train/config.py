@@ -146,6 +146,8 @@ class TrainConfig:
         default_factory=dict,
         metadata=_about("arguments of timm.create_model, such as img_size=32 depths=2,2,2,2", _keywords),
     )
+    pretrained: bool = _option(False, "start from timm's pretrained weights, with their normalization", _switch)
+    initial_checkpoint: str | None = _option(None, "start from the weights in this file (.safetensors, .pt, .pth)")
     drop_path: float = _option(0.0, "stochastic depth rate of the last block", _number, at_least=0, below=1)
 
     # Local learning
@@ -233,6 +235,8 @@ class TrainConfig:
             object.__setattr__(self, "warmup_epochs", min(self.epochs / 10, 5.0))
         elif self.warmup_epochs > self.epochs:
             raise UserError(f"--warmup-epochs must be at most --epochs, {self.epochs}; got {self.warmup_epochs}.")
+        if self.pretrained and self.initial_checkpoint is not None:
+            raise UserError("--pretrained and --initial-checkpoint exclude each other: both say what to start from.")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise UserError(f"--batch-size must be even for --mixup and --cutmix, got {self.batch_size}.")
 

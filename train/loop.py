@@ -115,8 +115,8 @@ class _Run:
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
-        self.normalize = normalization(self.training)
-        self.model = build_model(config, len(self.training.classes), self.training.image_size)
+        self.normalize = None if config.pretrained else normalization(self.training)
+        self.model = build_model(config, len(self.training.classes), self.training.image_size, start=saved is None)
         if config.memory is not None and saved is None:
             self.config = config = follow_plan(config, self.model, self.device)
         self.trainer = build_trainer(config, self.model, self.device, self.normalize)

@@ -1,0 +1,93 @@
+"""What a run starts from: timm's pretrained weights, or a file of the user's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+
+from fastlocal.train import loop
+from fastlocal.train.build import build_model
+from fastlocal.train.config import TrainConfig
+
+Options = Callable[..., dict[str, Any]]
+Command = Callable[..., Any]
+
+
+@pytest.fixture
+def weights(tmp_path: Path, tiny: Options) -> Path:
+    """Weights of the tiny model for 1000 classes, as timm's hub has them."""
+    torch.manual_seed(7)
+    path = tmp_path / "weights.safetensors"
+    save_file(timm.create_model("vit_tiny_patch16_224", img_size=8, **tiny()["model_kwargs"]).state_dict(), path)
+    return path
+
+
+def _pretrained(tiny: Options, weights: Path, **changes: Any) -> TrainConfig:
+    overlay = {"pretrained_cfg_overlay": {"file": str(weights)}}
+    return TrainConfig.of(**tiny(pretrained=True, model_kwargs={**tiny()["model_kwargs"], **overlay}, **changes))
+
+
+def test_pretrained_weights_with_a_new_classifier(tiny: Options, weights: Path) -> None:
+    model = build_model(_pretrained(tiny, weights), 10, 8, start=True)
+    given = load_file(weights)
+    assert model.state_dict()["head.weight"].shape[0] == 10
+    assert all(torch.equal(v, given[name]) for name, v in model.state_dict().items() if not name.startswith("head."))
+
+
+def test_a_pretrained_run_keeps_its_normalization_and_resumes_without_the_file(
+    tiny: Options, weights: Path, cli: Command
+) -> None:
+    straight = loop.run(_pretrained(tiny, weights, experiment="straight"))
+    saved = torch.load(straight.folder / "last.pt", weights_only=True)
+    assert saved["normalize"] is None  # the model's own, not the digits'
+    half = loop.run(_pretrained(tiny, weights, experiment="half", epochs=1))
+    assert torch.load(half.folder / "last.pt", weights_only=True)["config"]["pretrained"]
+    weights.unlink()
+    assert cli("eval", straight.folder).code == 0
+    assert loop.resume(half.folder).epochs == 1
+
+
+def test_a_run_starts_from_the_weights_of_another(tiny: Options) -> None:
+    first = loop.run(TrainConfig.of(**tiny(epochs=1)))
+    exported = first.folder / "model.safetensors"
+    still = {"lr": 1e-12, "weight_decay": 0.0, "warmup_epochs": 0, "experiment": "second"}
+    config = TrainConfig.of(**tiny(initial_checkpoint=str(exported), **still))
+    second = loop.run(config)
+    for name, value in load_file(second.folder / "model.safetensors").items():
+        torch.testing.assert_close(value, load_file(exported)[name], rtol=0, atol=1e-6)
+
+
+class _RunsCode:
+    def __init__(self, flag: Path) -> None:
+        self.flag = flag
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.flag),))
+
+
+def test_what_cannot_be_started_from_is_told(
+    cli: Command, flags: Callable[..., list[str]], tmp_path: Path, weights: Path
+) -> None:
+    torch.save({"state_dict": {"x": _RunsCode(tmp_path / "ran")}}, tmp_path / "code.pth")
+    for name, reason in (
+        ("missing.pth", "is no file"),
+        ("weights.safetensors", "cannot be loaded into vit_tiny_patch16_224: "),
+        ("weights.safetensors", "size mismatch for head.weight"),
+        ("code.pth", "cannot be loaded into vit_tiny_patch16_224: "),
+    ):
+        code, _, err = cli("train", *flags(initial_checkpoint=str(tmp_path / name)))
+        assert (code, err.count("\n")) == (2, 1)
+        assert f"--initial-checkpoint {tmp_path / name} " in err
+        assert reason in err
+    code, _, err = cli("train", *flags(initial_checkpoint=str(weights), pretrained=True))
+    assert code == 2
+    assert "exclude each other" in err
+    assert not (tmp_path / "ran").exists()
+    assert not (tmp_path / "runs").exists()
