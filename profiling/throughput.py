@@ -41,6 +41,7 @@ class Setup(memory.Setup):
     Attributes:
         kernels: ours: ``"reference"`` or ``"triton"``.
         compile: torch.compile, of the whole model for a rival and of each module for ours.
+        cuda_graphs: of what is compiled.
         fused_attention: the value of TIMM_FUSED_ATTN that the model is built under; 1 is timm's default. At 2 Swin's
             windows go through PyTorch's fused attention, at 0 nothing does.
         channels_last: a rival's weights and images.
@@ -48,6 +49,7 @@ class Setup(memory.Setup):
 
     kernels: str = "reference"
     compile: bool = False
+    cuda_graphs: bool = False
     fused_attention: int = 1
     channels_last: bool = False
 
@@ -58,7 +60,7 @@ class Setup(memory.Setup):
         base = replace(self, tuned=False).name
         parts = [f"{base}, K={self.modules}" if ours else base]
         parts += [{"triton": "Triton kernels", "reference": "reference kernels"}[self.kernels]] if ours else []
-        parts += ["torch.compile"] if self.compile else []
+        parts += ["torch.compile" + " with CUDA graphs" * self.cuda_graphs] if self.compile else []
         parts += [f"TIMM_FUSED_ATTN={self.fused_attention}"] if self.fused_attention != 1 else []
         parts += ["channels-last"] if self.channels_last else []
         parts += [f"parts of {self.micro_batch}"] if self.micro_batch is not None else []
@@ -83,7 +85,7 @@ def rivals(model: str, micro_batch: int) -> list[Setup]:
     setups = [plain, replace(plain, channels_last=True), replace(plain, compile=True), replace(plain, recompute=True)]
     setups += [Setup("rival", micro_batch, False), both, replace(both, compile=True)]
     setups += [replace(setup, fused_attention=other) for setup in setups if not setup.channels_last]
-    return setups
+    return [*setups, replace(plain, compile=True, cuda_graphs=True)]
 
 
 def ours(modules: Sequence[int], micro_batch: int, kernels: Sequence[tuple[str, bool]]) -> list[Setup]:
@@ -100,6 +102,13 @@ def ours(modules: Sequence[int], micro_batch: int, kernels: Sequence[tuple[str, 
         for setup in (local[0], exact, *local[1:])
         for name, compiled in kernels
         for residency in ("module", "all")
+    ]
+    # Graphs save launches, so they pay where parts are small, if at all.
+    setups += [
+        replace(setup, residency="all", kernels=name, compile=True, cuda_graphs=True)
+        for setup in (local[0], exact)
+        for name, compiled in kernels[:2]
+        if compiled
     ]
     # More memory for more speed: the curve on which rivals of equal memory are compared.
     for setup in (replace(local[0], kernels=kernels[0][0]), replace(exact, kernels=kernels[0][0])):
@@ -203,7 +212,7 @@ class Training:
         optimizer = self._optimizer(model.parameters())
         self.state.append(optimizer)
         if setup.compile:
-            model.compile()
+            model.compile(mode="reduce-overhead" if setup.cuda_graphs else None)
         scaler = torch.amp.GradScaler(device.type, enabled=self.amp_dtype == torch.float16)
         mean, std = (torch.tensor(values, device=device).view(-1, 1, 1) for values in ((124.0, 116, 104), (58.0,) * 3))
         self._micro_batch = setup.micro_batch
@@ -240,7 +249,7 @@ class Training:
             amp_dtype=self.amp_dtype,
             device=self.device,
             kernels=setup.kernels,  # type: ignore[arg-type]
-            compile=setup.compile,
+            compile="reduce-overhead" if setup.cuda_graphs else setup.compile,
         )
         self.state.append(trainer)
         self._micro_batch = setup.micro_batch

@@ -116,7 +116,7 @@ def build_trainer(
         recompute=checked.recompute,
         residency=checked.residency,
         normalize=normalize,
-        compile=config.torchcompile,
+        compile=(config.torchcompile_mode or True) if config.torchcompile else False,
         **unplanned_options(config, device),
     )
 

@@ -117,6 +117,7 @@ def _option(default: Any, help: str, *rules: Any, **limits: Any) -> Any:
 DATA = ("digits", "cifar10", "cifar100", "stl10", "svhn", "fashion-mnist", "folder:PATH", "synthetic")
 OBJECTIVES = ("feature", "image", "cross-entropy", "transport", "end-to-end")
 DECODERS = ("linear", "mlp", "conv", "transformer")
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
 @dataclass(frozen=True)
@@ -187,6 +188,9 @@ class TrainConfig:
     kernels: str = _option("auto", "fused ops", choices=("auto", "triton", "reference"))
     device: str = _option("auto", "torch device; auto: cuda if there is one, else cpu")
     torchcompile: bool = _option(False, "compile each module with torch.compile", _switch)
+    torchcompile_mode: str | None = _option(
+        None, "its mode; reduce-overhead and max-autotune replay CUDA graphs", choices=COMPILE_MODES
+    )
     amp: bool = _option(False, "mixed precision", _switch)
     amp_dtype: str = _option(
         "auto", "auto: bfloat16 where the device has it, else float16", choices=("auto", "bfloat16", "float16")
@@ -237,6 +241,8 @@ class TrainConfig:
             raise UserError(f"--warmup-epochs must be at most --epochs, {self.epochs}; got {self.warmup_epochs}.")
         if self.pretrained and self.initial_checkpoint is not None:
             raise UserError("--pretrained and --initial-checkpoint exclude each other: both say what to start from.")
+        if self.torchcompile_mode is not None and not self.torchcompile:
+            raise UserError(f"--torchcompile-mode {self.torchcompile_mode} needs --torchcompile.")
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise UserError(f"--batch-size must be even for --mixup and --cutmix, got {self.batch_size}.")
 

@@ -11,7 +11,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
 from torch import Tensor, nn
+from torch._dynamo.backends.common import aot_autograd
 
 import fastlocal
 from fastlocal.decoders import DECODERS
@@ -276,6 +278,8 @@ def test_a_state_of_another_model_is_refused(build: Build) -> None:
         ({"first_target": "labels"}, "first_target must be one of image, patch"),
         ({"micro_batch": 0}, "micro_batch must be at least 1"),
         ({"lookahead": -1}, "lookahead must be at least 0"),
+        ({"compile": "reduce-overheads"}, "compile must be one of .*; did you mean 'reduce-overhead'"),
+        ({"compile": "reduce-overhead", "residency": "module"}, "residency must be 'all' or 'optimizer', got 'module'"),
         ({"modules": 9}, "modules must be from 1 to 8"),
         ({"amp_dtype": torch.int8}, "amp_dtype must be torch.bfloat16, torch.float16 or None"),
         ({"regularizer_weight": [1.0]}, "regularizer_weight needs one number, or one for each of the 3 local modules"),
@@ -330,6 +334,49 @@ def test_modules_compile(build: Build, batch: Batch, monkeypatch: pytest.MonkeyP
         compiled.step(*batch).gradient_norm, eager.step(*batch).gradient_norm, rtol=1e-3, atol=1e-5
     )
     assert list(compiled.state_dict()["heads"]) == list(eager.state_dict()["heads"])
+
+
+def _graphs() -> Callable[..., Any]:
+    """A backend whose compiled functions keep their results as CUDA graphs do, in one pool: a forward ends their life."""
+    pool: list[Tensor] = []
+
+    def compiler(module: torch.fx.GraphModule, _: Any, *, forward: bool) -> Any:
+        buffers: list[Any] = []
+
+        def replay(*arguments: Any) -> list[Any]:
+            results = module(*arguments)
+            if not buffers:
+                buffers.extend(r.clone() if isinstance(r, Tensor) else r for r in results)
+                pool.extend(b for b in buffers if isinstance(b, Tensor) and b.is_floating_point())
+            for buffer in pool if forward else ():
+                buffer.fill_(float("nan"))
+            for buffer, result in zip(buffers, results, strict=True):
+                if isinstance(buffer, Tensor):
+                    buffer.copy_(result)
+            return [b.detach() if isinstance(b, Tensor) else b for b in buffers]
+
+        return make_boxed_func(replay)
+
+    forward = functools.partial(compiler, forward=True)
+    return aot_autograd(
+        fw_compiler=forward, bw_compiler=functools.partial(compiler, forward=False), inference_compiler=forward
+    )
+
+
+@pytest.mark.parametrize("micro_batch", [None, 4])
+@pytest.mark.parametrize("objective", ["feature", "end-to-end"])
+def test_nothing_that_is_needed_lies_where_a_cuda_graph_writes_again(
+    build: Build, batch: Batch, objective: str, micro_batch: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend, original = _graphs(), nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self, mode: original(self, backend=backend))
+    options: dict[str, Any] = {"modules": [2, 3], "objective": objective, "micro_batch": micro_batch}
+    eager = fastlocal.LocalTrainer(build("vit", depth=4), **options)
+    replayed = fastlocal.LocalTrainer(build("vit", depth=4), compile="reduce-overhead", **options)
+    replayed.load_state_dict(eager.state_dict())
+    for _ in range(2):
+        torch.testing.assert_close(replayed.step(*batch).gradient_norm, eager.step(*batch).gradient_norm)
+    torch.testing.assert_close(replayed.predict(batch[0]), eager.predict(batch[0]), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("residency", ["all", "module"])

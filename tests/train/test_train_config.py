@@ -8,7 +8,17 @@ from typing import Any, get_args
 import pytest
 import torch
 
-from fastlocal.train.config import DATA, DECODERS, OBJECTIVES, RECIPES, TrainConfig, UserError, read_file, write_file
+from fastlocal.train.config import (
+    COMPILE_MODES,
+    DATA,
+    DECODERS,
+    OBJECTIVES,
+    RECIPES,
+    TrainConfig,
+    UserError,
+    read_file,
+    write_file,
+)
 
 
 def test_recipe_then_file_then_flags(tmp_path: Path) -> None:
@@ -102,10 +112,11 @@ def test_a_wrong_file_is_told_in_one_sentence(tmp_path: Path, content: str | Non
 
 
 def test_choices_are_the_engines() -> None:
-    from fastlocal import decoders, kernels, module, objectives, residency
+    from fastlocal import decoders, kernels, module, objectives, residency, trainer
 
     assert set(OBJECTIVES) == set(objectives.OBJECTIVES)
     assert set(DECODERS) == set(decoders.DECODERS)
+    assert set(COMPILE_MODES) == set(trainer.COMPILE_MODES)
     choices = {name: set(option.metadata["choices"]) for name, option in TrainConfig.__dataclass_fields__.items()}
     assert choices["kernels"] == set(kernels.dispatch.CHOICES)
     assert choices["recompute"] == set(get_args(module.Recompute))

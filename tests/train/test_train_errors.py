@@ -51,6 +51,7 @@ def _assert_told(outcome: Any, *parts: str) -> None:
         (("train", "--modules", 5, *VIT), ("modules must be from 1 to 4", "got 5")),
         (("train", "--modules", "3,1", *VIT), ("modules: cut points must be increasing",)),
         (("train", "--modules", "stages", *VIT), ("modules='stages' needs a model with stages",)),
+        (("train", "--torchcompile-mode", "default", *VIT), ("--torchcompile-mode default needs --torchcompile",)),
         (("train", "--resume", "no/such/run"), ("there is no checkpoint at no/such/run",)),
         (("eval", "no/such/run"), ("there is no checkpoint at no/such/run",)),
         (("eval",), ("RUN_OR_CHECKPOINT",)),
