@@ -11,7 +11,7 @@ second pool of the same memory, which is how it is tested and how memory is pred
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal, cast, get_args
 
@@ -112,6 +112,13 @@ class Residency:
                 self._return_state(optimizer, parameter)
                 if parameter in self._on_device:
                     self._write_back(parameter)
+
+    def exchange(self, pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
+        """Exchange the values of parameters, none of them in use now, with those of others that are kept where they are."""
+        for parameter, other in pairs:
+            if parameter in self._host:
+                self._host[parameter] = other.data
+            parameter.data, other.data = other.data, parameter.data
 
     def park(self) -> None:
         """Move home whatever is on the device and need not be, after a checkpoint was loaded or a step was cut off."""

@@ -233,26 +233,21 @@ class LocalTrainer:
             images: as for `step`.
             ema: use the moving average of the model, which has only the last classifier: [1, B, classes].
         """
+        if ema and self.ema is None:
+            raise ValueError("ema=True needs a trainer with ema_decay set.")
         check_images(images, self.backbone.image)
-        images = images.to(self.device, non_blocking=True)
-        parts = self._parts(len(images))
-        if ema:
-            if self.ema is None:
-                raise ValueError("ema=True needs a trainer with ema_decay set.")
-            average = self.ema.module.to(self.device)
-            with self._autocast():
-                return torch.cat([average(self._prepare(images[part])).float() for part in parts]).unsqueeze(0)
+        x = images.to(self.device, non_blocking=True)
+        parts, exits = self._parts(len(x)), self._exits[-1:] if ema else self._exits
         self.model.eval()
         for module in self.modules:
             module.eval()
         logits = []
-        x = images
-        with use_kernels(self.kernels):
+        with use_kernels(self.kernels), self._averaged() if ema else contextlib.nullcontext():
             for k in range(len(self.modules)):
                 with self.residency.on_device(k, self._next(k)):
-                    outputs = [self._infer(k, x[part]) for part in parts]
+                    outputs = [self._infer(k, x[part], classify=k in exits) for part in parts]
                 x = torch.cat([output for output, _ in outputs])
-                if k in self._exits:
+                if k in exits:
                     logits.append(torch.cat([logit for _, logit in outputs if logit is not None]))
         return torch.stack(logits)
 
@@ -512,10 +507,22 @@ class LocalTrainer:
             record.skipped[k] = True
             optimizer.zero_grad(set_to_none=True)
 
-    def _infer(self, k: int, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    @contextlib.contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """The model with the values of its moving average."""
+        assert self.ema is not None
+        average = dict(self.ema.module.named_parameters())
+        pairs = [(parameter, average[name]) for name, parameter in self.model.named_parameters()]
+        self.residency.exchange(pairs)
+        try:
+            yield
+        finally:
+            self.residency.exchange(pairs)
+
+    def _infer(self, k: int, x: Tensor, classify: bool) -> tuple[Tensor, Tensor | None]:
         with self._autocast():
             output = self._own(self.modules[k](self._prepare(x) if k == 0 else x).output)
-            return output, self.modules[k].classify(output).float() if k in self._exits else None
+            return output, self.modules[k].classify(output).float() if classify else None
 
     # Building and checking
 
