@@ -7,6 +7,8 @@ import importlib
 import sys
 from typing import NoReturn
 
+from fastlocal.train.config import UserError
+
 # Subcommand -> (module with ``main(argv) -> exit code``, what ``--help`` says about it).
 SUBCOMMANDS = {
     "kernels": ("fastlocal.profiling.kernels", "compile report, traffic report, and timings on a CUDA card"),
@@ -15,6 +17,7 @@ SUBCOMMANDS = {
         "fastlocal.profiling.throughput",
         "images per second and peak memory of a step, ours and the rivals'",
     ),
+    "accuracy": ("fastlocal.profiling.accuracy", "what each objective learns with the same recipe"),
     "report": ("fastlocal.profiling.report", "all result rows as tables and plots, card by card"),
 }
 
@@ -24,10 +27,6 @@ class ArgumentParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}.\n")
-
-
-class UserError(Exception):
-    """Something the user can put right, in one sentence: `bench` prints it and returns 2."""
 
 
 def bench(argv: list[str]) -> int:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastlocal.profiling import caps, kernel_timing, results, suite, throughput
+from fastlocal.profiling import accuracy, caps, kernel_timing, results, suite, throughput
 from fastlocal.profiling.cli import ArgumentParser, UserError
 from fastlocal.profiling.workloads import OURS
 
@@ -24,6 +24,7 @@ IDENTITY = {
     "trace": ("model", "batch_size", "name"),
     "caps": ("model", "image_size", "batch_size", "cap", "name"),
     "train": ("data", "objective", "modules", "kernels", "epochs"),
+    "accuracy": ("data", "model", "model_kwargs", "objective", "modules", "decoder", "epochs", "batch_size", "seed"),
 }
 
 
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> int:
     sections = [section(folder, rows, draw(folder, rows)) for folder, rows in cards.items()]
     path = arguments.output / "README.md"
     path.write_text("\n\n".join(["# Results", _PREAMBLE, *sections]) + "\n")
-    print(f"{sum(map(len, cards.values()))} measurements of {len(cards)} machines: {path}")
+    print(f"{sum(map(len, cards.values()))} measurements on {len(cards)} machine{'s' * (len(cards) != 1)}: {path}")
     return 0
 
 
@@ -125,6 +126,15 @@ def _train(rows: Sequence[Row]) -> str:
     return f"{suite.train_table([dict(row) for row in rows])}\n\n{_commits(rows)}"
 
 
+def _accuracy(rows: Sequence[Row]) -> str:
+    recipes: dict[str, list[Row]] = {}
+    for row in rows:
+        keywords = " ".join(f"{name}={value}" for name, value in row["model_kwargs"].items())
+        recipe = f"{row['data']}, {row['model']} {keywords}".rstrip() + f", K={row['modules']}, {row['epochs']} epochs"
+        recipes.setdefault(recipe, []).append(row)
+    return "\n\n".join(f"{recipe}\n\n{accuracy.table(found)}\n\n{_commits(found)}" for recipe, found in recipes.items())
+
+
 _TABLES = {
     "correctness": _correctness,
     "kernels": _kernels,
@@ -133,6 +143,7 @@ _TABLES = {
     "trace": _trace,
     "caps": _caps,
     "train": _train,
+    "accuracy": _accuracy,
 }
 
 

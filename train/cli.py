@@ -52,17 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(argv: list[str]) -> int:
     """Train a timm vision transformer one module at a time."""
-    parser = _Parser(
-        prog="fastlocal train",
-        description="Train a timm vision transformer one module at a time; what no flag says, the data's recipe says.",
+    parser = training_parser(
+        "fastlocal train",
+        "Train a timm vision transformer one module at a time; what no flag says, the data's recipe says.",
     )
-    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of options; flags override it")
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
-    _add_options(parser)
-    given = parser.parse(argv)
-    file, resumed = given.pop("config", None), given.pop("resume", None)
-    if file is not None:
-        given = {**read_file(file), **given}
+    given = options_of(parser, argv)
+    resumed = given.pop("resume", None)
     config = TrainConfig.of(**given) if resumed is None else None  # a typing error is told before the heavy imports
 
     import torch
@@ -134,6 +130,21 @@ def doctor(argv: list[str]) -> int:
     for name, finding in findings():
         print(f"{name:20s} {finding}")
     return 0
+
+
+def training_parser(prog: str, description: str) -> _Parser:
+    """A parser of ``--config`` and of a flag for every option of `TrainConfig`."""
+    parser = _Parser(prog=prog, description=description)
+    parser.add_argument("--config", metavar="FILE", help="YAML or JSON file of options; flags override it")
+    _add_options(parser)
+    return parser
+
+
+def options_of(parser: _Parser, argv: list[str]) -> dict[str, Any]:
+    """What ``argv`` and the file it names give to a `training_parser`; what is not given is absent."""
+    given = parser.parse(argv)
+    file = given.pop("config", None)
+    return given if file is None else {**read_file(file), **given}
 
 
 class _Parser(argparse.ArgumentParser):
