@@ -88,9 +88,7 @@ def build_model(config: TrainConfig, classes: int, image_size: int, *, start: bo
             raise UserError(f"--initial-checkpoint {config.initial_checkpoint} is no file.")
         try:
             load_checkpoint(model, config.initial_checkpoint)
-        except (
-            Exception
-        ) as error:  # whatever a file that is no checkpoint, or one of another model, makes the readers raise
+        except Exception as error:  # each reader has its own for a file that is no checkpoint, or is another model's
             reason = " ".join(str(error).split())[:200].rstrip(".")
             raise UserError(
                 f"--initial-checkpoint {config.initial_checkpoint} cannot be loaded into {config.model}: {reason}."
