@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ def show(found: Search, as_json: bool) -> int:
             )
         )
         return 0 if chosen else 2
-    console = Console(soft_wrap=True)
+    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
     console.print(_table("Plans, best first", found.candidates))
     console.print(_table("Ordinary end-to-end training in the same memory", found.rivals))
     if chosen is None:
@@ -71,7 +72,8 @@ def _plain(candidate: Candidate) -> dict[str, Any]:
 def _table(title: str, candidates: tuple[Candidate, ...]) -> Table:
     table = Table(title=title, title_justify="left")
     for heading in ("objective", "modules", "micro-batch", "recompute", "on device", "peak", "FLOPs", "bus / step", ""):
-        table.add_column(heading, justify="right" if heading in ("modules", "micro-batch", "peak", "FLOPs") else "left")
+        right = heading in ("modules", "micro-batch", "peak", "FLOPs")
+        table.add_column(heading, justify="right" if right else "left", overflow="fold")
     for candidate in candidates:
         plan = candidate.plan
         table.add_row(
