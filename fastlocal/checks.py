@@ -1,4 +1,4 @@
-"""What `LocalTrainer` refuses, each with one sentence that names the argument, what was given and what is accepted."""
+"""What the engine refuses, each with one sentence that names the argument, what was given and what is accepted."""
 
 from __future__ import annotations
 

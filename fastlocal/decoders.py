@@ -17,6 +17,7 @@ from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import Block as ViTBlock
 from torch import Tensor, nn
 
+from fastlocal.checks import check_choice
 from fastlocal.geometry import Geometry, pad_grid, upsampling
 from fastlocal.kernels import reconstruction_loss
 
@@ -36,8 +37,7 @@ class Decoder(nn.Module, ABC):
 
     def __init__(self, source: Geometry, target: Geometry, kind: Kind = "mse", normalize_target: bool = False) -> None:
         super().__init__()
-        if kind not in get_args(Kind):
-            raise ValueError(f"reconstruction must be one of {', '.join(get_args(Kind))}, got {kind!r}.")
+        check_choice("reconstruction", kind, get_args(Kind))
         self.source, self.target = source, target
         self.kind: Kind = kind
         self.normalize_target = normalize_target

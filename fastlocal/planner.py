@@ -270,7 +270,6 @@ class _Rehearsal:
         rehearsed = {**options, "device": "cpu", "kernels": "reference"}
         self.trainer = LocalTrainer(copied, objective=objective, modules=modules, **rehearsed)
         self.cuts = tuple(span.start for span in self.trainer.spans[1:])
-        self.spans, self.exact = self.trainer.spans, self.trainer.objective.exact
         for optimizer in self.trainer.optimizers:  # make the optimizer states, as a first step would
             for parameter in (p for group in optimizer.param_groups for p in group["params"]):
                 parameter.grad = torch.empty_like(parameter)
@@ -281,10 +280,10 @@ class _Rehearsal:
     def heads_flops(self) -> float:
         """FLOPs per sample of the local modules' auxiliary heads and decoders, forward and backward."""
         trainer, view = self.trainer, self.trainer.backbone
-        record = Recorder(2, range(len(self.spans)), len(self.spans), trainer.device)
+        record = Recorder(2, range(len(trainer.spans)), len(trainer.spans), trainer.device)
         images, labels = torch.empty(2, *view.image.shape), torch.empty(2, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
-            for k, span in enumerate(self.spans[:-1]):
+            for k, span in enumerate(trainer.spans[:-1]):
                 embedded, output = (torch.empty(2, *view.boundaries[i].shape) for i in (span.start, span.stop))
                 features = Features(embedded, output.requires_grad_(), residual=output.sum())
                 trainer.local_loss(k, features, images, labels, record).backward()
@@ -391,13 +390,13 @@ class _Flops:
 
     def of(self, rehearsal: _Rehearsal, recompute: Recompute) -> float:
         """FLOPs per sample of the step of ``rehearsal``."""
-        total = self.plain
-        if rehearsal.exact:  # one more forward of all modules but the last
-            total += sum(self.forward[: rehearsal.spans[-1].start]) + (self.stem if len(rehearsal.spans) > 1 else 0)
+        total, trainer = self.plain, rehearsal.trainer
+        if trainer.objective.exact:  # one more forward of all modules but the last
+            total += sum(self.forward[: trainer.spans[-1].start]) + (self.stem if len(trainer.spans) > 1 else 0)
         else:
             total += rehearsal.heads_flops
         if recompute == "block":
-            for module in rehearsal.trainer.modules:
+            for module in trainer.modules:
                 again = self.forward if module.measure_residual else self.again  # to measure one needs the whole block
                 total += sum(again[i] for i in module.span[:-1])
         return total

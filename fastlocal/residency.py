@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlocal import memory
+from fastlocal.checks import check_choice
 from fastlocal.module import LocalModule
 
 Keep = Literal["all", "optimizer", "module"]
@@ -47,8 +48,7 @@ class Residency:
         keep: Keep,
         device: torch.device,
     ) -> None:
-        if keep not in get_args(Keep):
-            raise ValueError(f"residency must be one of {', '.join(get_args(Keep))}, got {keep!r}.")
+        check_choice("residency", keep, get_args(Keep))
         self.keep = keep
         self.device = device
         self.optimizers = optimizers

@@ -29,15 +29,18 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--results", default=str(results.RESULTS), help="folder that the rows go to (%(default)s)")
     given = options_of(parser, argv)
-    objectives, folder = given.pop("objectives"), results.card_folder(Path(given.pop("results")))
+    objectives, output = given.pop("objectives"), Path(given.pop("results"))
     if "objective" in given or "experiment" in given:
         raise UserError("--objective and --experiment are set by this command; use --objectives.")
-    campaign = Campaign(folder / "accuracy.jsonl")
+    # All are checked before the first one trains.
+    configs = [TrainConfig.of(**given, objective=name, experiment=f"accuracy-{name}") for name in objectives]
+    campaign = None
     rows = []
-    for objective in objectives:
-        row = measure(TrainConfig.of(**given, objective=objective, experiment=f"accuracy-{objective}"))
+    for config in configs:
+        row = measure(config)
         if row is None:
             return 130
+        campaign = campaign or Campaign(results.card_folder(output) / "accuracy.jsonl")  # a mistake leaves no folder
         rows.append(campaign.find(row) or campaign.add(row))
     print(f"\n{table(rows)}")
     return 0

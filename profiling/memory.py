@@ -98,6 +98,7 @@ def ours(modules: Sequence[int], objectives: Sequence[str], decoders: Sequence[s
     setups += [replace(base, micro_batch=1, modules=count) for count in modules if count == max(modules)]
     if four:
         setups += [replace(base, residency=residency) for residency in ("all", "optimizer")]
+        setups += [replace(base, family="exact", objective="end-to-end", decoder="", residency="all")]
         setups += [replace(base, recompute=False)]
         setups += [
             replace(base, objective=name, decoder="linear" if name == "image" else "")

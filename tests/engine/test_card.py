@@ -37,10 +37,11 @@ class _Stream:
 def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[fastlocal.LocalTrainer]]:
     """A list to put the trainer in whose parameters a backward is to give gradients."""
     trainers: list[fastlocal.LocalTrainer] = []
-    data, empty_like = Tensor.data, torch.empty_like
+    data: Any = Tensor.data
+    empty_like = torch.empty_like
 
     def set_data(self: FakeTensor, value: Tensor) -> None:
-        data.__set__(self, value)  # type: ignore[attr-defined]
+        data.__set__(self, value)
         self.fake_device = value.device  # else it stays where it was made
 
     def backward(*_: Any) -> None:
@@ -48,7 +49,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[fastlocal.LocalTraine
             if parameter.device == CARD:
                 parameter.grad = torch.empty_like(parameter)
 
-    monkeypatch.setattr(FakeTensor, "data", property(data.__get__, set_data), raising=False)  # type: ignore[attr-defined]
+    monkeypatch.setattr(FakeTensor, "data", property(data.__get__, set_data), raising=False)
     monkeypatch.setattr(memory._DryRun, "__deepcopy__", lambda self, _: self, raising=False)
     monkeypatch.setattr(Tensor, "backward", backward)
     monkeypatch.setattr(torch, "empty_like", lambda *a, pin_memory=False, **k: empty_like(*a, **k))

@@ -68,12 +68,13 @@ def test_flops_are_those_of_the_step(build: Build, family: str) -> None:
     with memory.dry_run():
         for options in ({}, {"lookahead": 1, "decoder": "transformer"}):
             flops = _Flops.count(_Rehearsal(model, 4, "end-to-end", 1, options))
-            for objective, modules, recompute in product(OBJECTIVES, (2, 3), ("none", "block")):
+            ways: Any = product(OBJECTIVES, (2, 3), ("none", "block"))
+            for objective, modules, recompute in ways:
                 rehearsal = _Rehearsal(model, 4, objective, modules, options)
                 with FlopCounterMode(display=False) as counter:
-                    rehearsal.step(recompute, "all", 2, 2)  # type: ignore[arg-type]
+                    rehearsal.step(recompute, "all", 2, 2)
                 counted = counter.get_total_flops() / 2
-                assert flops.of(rehearsal, recompute) == counted, (options, objective, modules, recompute)  # type: ignore[arg-type]
+                assert flops.of(rehearsal, recompute) == counted, (options, objective, modules, recompute)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,20 @@ def tiny(tmp_path: Path) -> Callable[..., dict[str, Any]]:
         }
 
     return options
+
+
+class _RunsCode:
+    def __init__(self, flag: Path) -> None:
+        self.flag = flag
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (os.mkdir, (str(self.flag),))
+
+
+@pytest.fixture
+def runs_code() -> Callable[[Path], object]:
+    """``runs_code(flag)``: an object whose pickle makes the folder ``flag`` when it is read carelessly."""
+    return _RunsCode
 
 
 class Outcome(NamedTuple):

@@ -122,14 +122,14 @@ def run(tiny: Callable[..., dict[str, Any]]) -> Path:
     return loop.run(TrainConfig.of(**tiny(epochs=1))).folder
 
 
-def test_bad_checkpoints(run: Path, cli: Command, tmp_path: Path, tiny: Callable[..., dict[str, Any]]) -> None:
+def test_bad_checkpoints(run: Path, cli: Command, tmp_path: Path, runs_code: Callable[[Path], object]) -> None:
     last = run / "last.pt"
     whole = last.read_bytes()
     for command in (("train", "--resume", run), ("eval", last)):
         last.write_bytes(whole[: len(whole) // 2])
         _assert_told(cli(*command), "last.pt is truncated or is not a checkpoint")
 
-        torch.save({"format": 1, "trainer": _RunsCode(tmp_path / "ran")}, last)
+        torch.save({"format": 1, "trainer": runs_code(tmp_path / "ran")}, last)
         _assert_told(cli(*command), "last.pt holds Python objects other than tensors and plain values")
         assert not (tmp_path / "ran").exists()
 
@@ -141,14 +141,6 @@ def test_bad_checkpoints(run: Path, cli: Command, tmp_path: Path, tiny: Callable
     last.write_bytes(whole)
     _assert_told(cli("train", "--resume", run, "--model", "vit_small_patch16_224"), "--model cannot change on --resume")
     assert cli("eval", last).code == 0
-
-
-class _RunsCode:
-    def __init__(self, flag: Path) -> None:
-        self.flag = flag
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, (str(self.flag),))
 
 
 def test_evaluation_on_other_classes(run: Path, cli: Command, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,18 +63,10 @@ def test_a_run_starts_from_the_weights_of_another(tiny: Options) -> None:
         torch.testing.assert_close(value, load_file(exported)[name], rtol=0, atol=1e-6)
 
 
-class _RunsCode:
-    def __init__(self, flag: Path) -> None:
-        self.flag = flag
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (os.mkdir, (str(self.flag),))
-
-
 def test_what_cannot_be_started_from_is_told(
-    cli: Command, flags: Callable[..., list[str]], tmp_path: Path, weights: Path
+    cli: Command, flags: Callable[..., list[str]], tmp_path: Path, weights: Path, runs_code: Callable[[Path], object]
 ) -> None:
-    torch.save({"state_dict": {"x": _RunsCode(tmp_path / "ran")}}, tmp_path / "code.pth")
+    torch.save({"state_dict": {"x": runs_code(tmp_path / "ran")}}, tmp_path / "code.pth")
     for name, reason in (
         ("missing.pth", "is no file"),
         ("weights.safetensors", "cannot be loaded into vit_tiny_patch16_224: "),
