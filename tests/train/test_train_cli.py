@@ -185,3 +185,11 @@ def test_an_image_folder_of_large_images_trains(cli: Command, flags: Flags, tmp_
 
 def _tiny_model() -> dict[str, Any]:
     return {"patch_size": 2, "embed_dim": 16, "depth": 4, "num_heads": 2}
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    command = f"{sys.executable} -u -c 'from fastlocal.train.cli import main; raise SystemExit(main([]))'"
+    shell = subprocess.run(
+        ["bash", "-c", f"{command} | true; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, cwd="/"
+    )
+    assert (shell.returncode, shell.stderr) == (0, "")
