@@ -55,6 +55,9 @@ _SCRATCH: dict[str, Callable[..., int]] = {
     ),
 }
 
+# The operations that copy between devices.
+_COPIES = (torch.ops.aten.copy_.default, torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
+
 # What the program said about its storages. Marks outlive any one meter: a host copy stays one from step to step.
 _tags: WeakIdKeyDictionary = WeakIdKeyDictionary()
 _on_host: WeakIdKeyDictionary = WeakIdKeyDictionary()
@@ -182,6 +185,7 @@ class Meter(TorchDispatchMode):
 
     Attributes:
         torch_peak: on CUDA, ``torch.cuda.max_memory_allocated`` of the block in bytes; None elsewhere.
+        traffic: bytes copied from one device, or pool, to another: what crosses the bus, both ways together.
     """
 
     def __init__(self, *given: nn.Module | torch.optim.Optimizer | Tensor, device: torch.device | str | None = None):
@@ -191,6 +195,7 @@ class Meter(TorchDispatchMode):
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.torch_peak: int | None = None
+        self.traffic = 0
         self._given = given
         self._records: dict[int, _Record] = {}  # by id(storage): torch keeps that object as long as the memory
         self._events: list[tuple[_Record, int]] = []
@@ -318,6 +323,10 @@ class Meter(TorchDispatchMode):
         result = func(*args, **kwargs)
         for tensor in _tensors((result,)):
             self._see(tensor, None, made=True)
+        if func in _COPIES:
+            copied = args[1] if func is torch.ops.aten.copy_.default else args[0]
+            if self._pool(copied) != self._pool(result):
+                self.traffic += copied.nbytes
         if func.namespace == "fastlocal" and (scratch := _SCRATCH.get(func._schema.name)) is not None:
             record = _Record(str(args[0].device), "temporary")
             self._count(record, scratch(*args))
@@ -339,6 +348,10 @@ class Meter(TorchDispatchMode):
             elif kind is not None and kind != record.kind:
                 record.kind = _tags.get(storage, kind)
             self._count(record, storage.nbytes())
+
+    def _pool(self, tensor: Tensor) -> str | None:
+        """Where the storage of ``tensor``, seen before, is counted."""
+        return next((self._records[id(storage)].pool for storage in _storages(tensor)), None)
 
     def _count(self, record: _Record, nbytes: int) -> None:
         if nbytes != record.nbytes:
@@ -425,6 +438,8 @@ def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     """The memory behind ``tensor``: of its parts if it is a wrapper; none on ``meta`` or without strides (sparse)."""
     if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
-            yield from _storages(getattr(tensor, name))
+            part = getattr(tensor, name)
+            if isinstance(part, Tensor):  # a DTensor counts its device mesh among its parts
+                yield from _storages(part)
     elif tensor.layout is torch.strided and tensor.device.type != "meta":
         yield tensor.untyped_storage()

@@ -275,6 +275,27 @@ def test_the_parts_of_a_wrapper_tensor_count() -> None:
         assert meter.live == 800
 
 
+def test_a_part_of_a_wrapper_that_is_no_tensor_takes_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the device mesh of a DTensor."""
+    pair = TwoTensor(torch.randn(100), torch.randn(100))
+    pair.mesh = object()
+    monkeypatch.setattr(TwoTensor, "__tensor_flatten__", lambda self: (["a", "b", "mesh"], None))
+    with Meter(pair) as meter:
+        assert meter.live == 800
+
+
+def test_traffic_is_what_is_copied_between_host_and_device() -> None:
+    there, host = torch.ones(1000), memory.on_host(torch.ones(1000))
+    with Meter(there, host) as meter:
+        host.copy_(there)
+        assert meter.traffic == 4000
+        here = host.clone()
+        assert meter.traffic == 8000
+        there.copy_(here)
+        here.to(torch.bfloat16)
+        assert meter.traffic == 8000
+
+
 @pytest.mark.parametrize("dry", [False, True])
 def test_a_fused_op_counts_the_scratch_memory_it_documents(dry: bool) -> None:
     def measure() -> Meter:
