@@ -87,7 +87,7 @@ def build_model(config: TrainConfig, classes: int, image_size: int, *, start: bo
         if not Path(config.initial_checkpoint).is_file():
             raise UserError(f"--initial-checkpoint {config.initial_checkpoint} is no file.")
         try:
-            load_checkpoint(model, config.initial_checkpoint)
+            load_checkpoint(model, config.initial_checkpoint, weights_only=True)  # old ones run pickles
         except Exception as error:  # each reader has its own for a file that is no checkpoint, or is another model's
             reason = " ".join(str(error).split())[:200].rstrip(".")
             raise UserError(

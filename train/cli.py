@@ -4,13 +4,16 @@ Commands are the entry points of the group ``fastlocal.commands``: functions fro
 so that floors above this one add theirs without being imported here. Their modules import nothing heavy at the top:
 ``fastlocal --help`` shows the first line of each docstring and answers in a fraction of a second.
 
-Exit codes: 0 done, 2 a mistake of the user's (told in one sentence on stderr), 130 stopped by Ctrl-C or SIGTERM.
+Exit codes: 0 done; 2 something that only the user can mend, told in one sentence on stderr; 130 (Ctrl-C) and 143 (any other
+signal, lost workers) a training run that was stopped from outside, saved, and can go on with --resume.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
+import io
 import json
 import os
 import sys
@@ -19,9 +22,8 @@ from dataclasses import fields
 from typing import Any, NoReturn
 
 import fastlocal
-from fastlocal.train.config import TrainConfig, UserError, nearest, read_file
-
-MISTAKE, INTERRUPTED = 2, 130
+from fastlocal.train.config import TrainConfig, UserError, nearest, printable, read_file, shown
+from fastlocal.train.signals import INTERRUPTED, end_at_once
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,30 +31,59 @@ def main(argv: Sequence[str] | None = None) -> int:
     # OpenMP's threads spin while they wait for each other. Next to any other busy process that costs far more than it
     # saves (20 times, measured, on two shared cores). OpenMP reads this when torch is imported, so it is set here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {entry.name: entry for entry in importlib.metadata.entry_points(group="fastlocal.commands")}
+    for descriptor in range(3):  # a process started without one would give its number to a file, and print into it
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # what it has no character for
     try:
-        if not arguments or arguments[0] in ("-h", "--help"):
-            _print_help(commands)
-            return 0
-        if arguments[0] in ("-V", "--version"):
-            print(f"fastlocal {fastlocal.__version__}")
-            return 0
-        name = arguments[0]
-        if name not in commands:
-            raise UserError(f"there is no command {name!r}{nearest(name, commands)}")
-        return int(commands[name].load()(arguments[1:]))
-    except ValueError as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return MISTAKE
+        code = _run(list(sys.argv[1:] if argv is None else argv))
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        _give_up_stdout()
+        return 0  # the reader has what it wanted, as in `fastlocal --help | head`
+    except OSError as error:
+        _give_up_stdout()
+        return _told(
+            f"{f'{error.filename}: ' if error.filename else ''}{error.strerror or error}.", UserError.exit_code
+        )
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return INTERRUPTED
-    except (
-        BrokenPipeError
-    ):  # the reader left, as in `fastlocal --help | head`; Python must not flush into the pipe again
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _told("interrupted.", INTERRUPTED)
+    except MemoryError:
+        return _told("there is not enough memory.", UserError.exit_code)
+    except ValueError as error:
+        return _told(str(error), getattr(error, "exit_code", UserError.exit_code))
+
+
+def _run(arguments: list[str]) -> int:
+    commands = {entry.name: entry for entry in importlib.metadata.entry_points(group="fastlocal.commands")}
+    if not arguments or arguments[0] in ("-h", "--help"):
+        _print_help(commands)
         return 0
+    if arguments[0] in ("-V", "--version"):
+        print(f"fastlocal {fastlocal.__version__}")
+        return 0
+    name = arguments[0]
+    if name not in commands:
+        raise UserError(f"there is no command {shown(name)}{nearest(name, commands)}")
+    return int(commands[name].load()(arguments[1:]))
+
+
+def _told(sentence: str, code: int) -> int:
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # nobody may be listening
+        print(f"error: {printable(sentence)}", file=sys.stderr, flush=True)
+    return code
+
+
+def _give_up_stdout() -> None:
+    """Let Python not try, and fail, to write what is left when it ends."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def train(argv: list[str]) -> int:
@@ -66,16 +97,16 @@ def train(argv: list[str]) -> int:
     resumed = given.pop("resume", None)
     config = TrainConfig.of(**given) if resumed is None else None  # a typing error is told before the heavy imports
 
-    import torch
+    with end_at_once():
+        import torch
 
-    from fastlocal.train import loop
+        from fastlocal.train import loop
 
-    try:
-        summary = loop.resume(resumed, **given) if config is None else loop.run(config)
-    except torch.OutOfMemoryError as error:
-        first = str(error).partition(". ")[0]
-        raise UserError(f"{first}: try a smaller --micro-batch, --recompute block or --residency module.") from None
-    return INTERRUPTED if summary.interrupted else 0
+        try:
+            return (loop.resume(resumed, **given) if config is None else loop.run(config)).exit_code
+        except torch.OutOfMemoryError as error:
+            first = str(error).partition(". ")[0]
+            raise UserError(f"{first}: try a smaller --micro-batch, --recompute block or --residency module.") from None
 
 
 def evaluate(argv: list[str]) -> int:

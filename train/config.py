@@ -7,8 +7,12 @@ the command line reads this file before it knows whether it will train.
 
 from __future__ import annotations
 
-import ast
 import difflib
+import math
+import operator
+import os
+import reprlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -16,28 +20,61 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake of the user's, told in one sentence; the command line prints it and exits with code 2."""
+    """What only the user can mend, told in one sentence; the command line prints it and exits with ``exit_code``."""
+
+    exit_code = 2
 
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the one of ``names`` most like ``name``, or ``"."`` if none is."""
-    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.5)
+    found = difflib.get_close_matches(name[:100], list(names), n=1, cutoff=0.5)
     return f"; did you mean {found[0]!r}?" if found else "."
 
 
-# How a value is read, a flag's text or a file's value. Each raises ValueError or TypeError for what it cannot read.
+def shown(value: Any) -> str:
+    """``repr(value)``, shortened: what a sentence quotes may come from a file and be of any size."""
+    try:
+        return _SHORT.repr(value)
+    except ValueError:  # Python prints no number of more than 4300 digits
+        return f"a value of type {type(value).__name__}"
+
+
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
+
+
+def printable(text: str, limit: int = 1000) -> str:
+    """``text`` in one line without control characters, which a terminal would obey, and of at most ``limit`` characters.
+
+    File names, class names and options may hold anything.
+    """
+    text = " ".join(text[: 2 * limit].splitlines())
+    text = "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in text)
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"
+
+
+# How a value is read, a flag's text or a file's value. Each raises ValueError, TypeError or OverflowError for what it
+# cannot read.
+
+LONGEST_TEXT = 4096  # characters in an option; Linux's longest path
+LARGEST_WHOLE = 2**63 - 1
 
 
 def _whole(value: Any) -> int:
-    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
+    if isinstance(value, bool) or not isinstance(value, int | float | str) or len(str(value)) > 20:
         raise ValueError
-    return int(value)
+    if isinstance(value, float) and not value.is_integer():
+        raise ValueError
+    whole = int(value)
+    if abs(whole) > LARGEST_WHOLE:
+        raise ValueError
+    return whole
 
 
 def _number(value: Any) -> float:
-    if isinstance(value, bool):
+    if isinstance(value, bool) or not math.isfinite(number := float(value)):
         raise ValueError
-    return float(value)
+    return number
 
 
 def _switch(value: Any) -> bool:
@@ -47,9 +84,20 @@ def _switch(value: Any) -> bool:
 
 
 def _text(value: Any) -> str:
-    if not isinstance(value, str | int | float):
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
         raise ValueError
-    return str(value)
+    text = str(value)
+    if len(text) > LONGEST_TEXT or any(ord(c) < 32 or ord(c) == 127 for c in text):
+        raise ValueError
+    return text
+
+
+def _name(value: Any) -> str:
+    """The name of one folder: neither a path nor hidden, and no longer than file systems take."""
+    name = _text(value)
+    if name != Path(name).name or "\\" in name or name.startswith(".") or len(os.fsencode(name)) > 200:
+        raise ValueError
+    return name
 
 
 def _modules(value: Any) -> int | str | tuple[int, ...]:
@@ -70,31 +118,76 @@ def _weights(value: Any) -> float | tuple[float, ...]:
     return _number(value)
 
 
+# What of timm's models may be asked for by a flag, a file or a checkpoint: their shape. Of what else create_model takes,
+# some is opened (checkpoint_path), fetched (pretrained_cfg) or called.
+MODEL_ARGUMENTS = (
+    *("act_layer", "always_partition", "attn_drop_rate", "attn_only_layer_scale", "attn_pool_mlp_ratio"),
+    *("attn_pool_num_heads", "attn_type", "class_token", "depth", "depths", "drop_path_rate", "drop_rate"),
+    *("dynamic_img_pad", "dynamic_img_size", "embed_dim", "embed_norm_layer", "fc_norm", "final_norm", "fix_init"),
+    *("global_pool", "head_dim", "head_init_scale", "img_size", "in_chans", "init_values", "mlp_layer"),
+    *("mlp_ratio", "no_embed_class", "norm_layer", "num_heads", "num_kv_heads", "num_reg_tokens"),
+    *("patch_drop_rate", "patch_size", "pool_include_prefix", "pos_drop_rate", "pos_embed", "pre_norm"),
+    *("pretrained_window_sizes", "proj_bias", "proj_drop_rate", "qk_norm", "qkv_bias", "qkv_fused"),
+    *("ref_feat_shape", "reg_tokens", "rope_grid_indexing", "rope_grid_offset", "rope_jitter_coords"),
+    *("rope_mrope_section", "rope_rescale_coords", "rope_rotate_half", "rope_shift_coords", "rope_temperature"),
+    *("rope_type", "scale_attn_inner", "scale_attn_norm", "scale_mlp", "scale_mlp_norm", "strict_img_size"),
+    *("swiglu_align_to", "swiglu_mlp", "use_abs_pos_emb", "use_fc_norm", "use_post_norm"),
+    *("use_post_transformer_norm", "use_pre_transformer_norm", "use_rel_pos_bias", "use_rot_pos_emb"),
+    *("use_shared_rel_pos_bias", "weight_init", "window_size"),
+)
+LARGEST_MODEL_ARGUMENT = 2**20  # a larger width, depth or image than anyone has
+
+
 def _keywords(value: Any) -> dict[str, Any]:
     """A mapping, or flag texts such as ``["img_size=32", "depths=2,2,2,2"]``."""
-    if isinstance(value, Mapping):
-        return {str(key): tuple(entry) if isinstance(entry, list) else entry for key, entry in value.items()}
-    pairs = [text.partition("=") for text in value]
-    if not all(name.isidentifier() and text for name, _, text in pairs):
+    if not isinstance(value, Mapping):
+        pairs = [text.partition("=") for text in value]
+        if not all(name.isidentifier() and text for name, _, text in pairs):
+            raise ValueError
+        value = {name: _literal(text) for name, _, text in pairs}
+    for name in value:
+        if name not in MODEL_ARGUMENTS:
+            raise UserError(
+                f"--model-kwargs: {shown(name)} is no argument of a model's shape{nearest(str(name), MODEL_ARGUMENTS)}"
+            )
+    return {name: _model_argument(entry) for name, entry in value.items()}
+
+
+def _model_argument(value: Any, nested: int = 0) -> Any:
+    if isinstance(value, list | tuple) and len(value) <= 1000 and nested < 2:
+        return tuple(_model_argument(entry, nested + 1) for entry in value)
+    if isinstance(value, str):
+        return _text(value)
+    if value is not None and not isinstance(value, bool) and abs(_number(value)) > LARGEST_MODEL_ARGUMENT:
         raise ValueError
-    return {name: _literal(text) for name, _, text in pairs}
+    return value
 
 
 def _literal(text: str) -> Any:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
-        return text
+    """A number, ``true``, ``false``, ``none`` or, separated by commas, several; other text stays as it is."""
+    inside = text.strip("()[]")
+    if "," in inside:
+        return tuple(_literal(part.strip()) for part in inside.strip(",").split(","))
+    words = {"true": True, "false": False, "none": None}
+    if inside.lower() in words:
+        return words[inside.lower()]
+    for read in (_whole, _number):
+        try:
+            return read(inside)
+        except (ValueError, OverflowError):
+            pass
+    return inside.strip("'\"")
 
 
 _ACCEPTED = {
     _whole: "a whole number",
-    _number: "a number",
+    _number: "a finite number",
     _switch: "true or false",
-    _text: "a text",
+    _text: f"a text without control characters of at most {LONGEST_TEXT} characters",
+    _name: "the name of a folder to be made, without a path and with no dot at its start",
     _modules: "a number of modules, 'stages', or cut points such as 2,4,6",
-    _weights: "a number, or one per module such as 0.2,0.5,1",
-    _keywords: "name=value pairs such as img_size=32 depths=2,2,2,2",
+    _weights: "a finite number, or one per module such as 0.2,0.5,1",
+    _keywords: f"name=value pairs such as img_size=32 depths=2,2,2,2, numbers up to {LARGEST_MODEL_ARGUMENT}",
 }
 
 
@@ -105,9 +198,11 @@ def _about(
     at_least: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    at_most: float | None = None,
 ) -> dict[str, Any]:
     """What is known of a field of `TrainConfig`: its sentence for ``--help``, how it is read, what it may be."""
-    return {"help": help, "parse": parse, "choices": choices, "at_least": at_least, "above": above, "below": below}
+    limits = {"at_least": at_least, "above": above, "below": below, "at_most": at_most}
+    return {"help": help, "parse": parse, "choices": choices, **limits}
 
 
 def _option(default: Any, help: str, *rules: Any, **limits: Any) -> Any:
@@ -134,12 +229,22 @@ class TrainConfig:
     download: bool = _option(False, "fetch the data set if it is not in --data-dir", _switch)
     train_limit: int | None = _option(None, "train on a random subset of this many images", _whole, at_least=1)
     val_limit: int | None = _option(None, "validate on a random subset of this many images", _whole, at_least=1)
-    workers: int = _option(2, "processes that read and augment large images (small ones need none)", _whole, at_least=0)
-    crop_padding: int = _option(0, "small images: pixels of padding before a random crop", _whole, at_least=0)
+    workers: int = _option(
+        2, "processes that read and augment large images (small ones need none)", _whole, at_least=0, at_most=1024
+    )
+    crop_padding: int = _option(
+        0, "small images: pixels of padding before a random crop", _whole, at_least=0, at_most=1024
+    )
     hflip: bool = _option(True, "flip half of the training images left to right", _switch)
-    cutout: int = _option(0, "small images: side in pixels of a random grey square; 0: none", _whole, at_least=0)
-    mixup: float = _option(0.0, "mixup alpha; 0: off", _number, at_least=0)
-    cutmix: float = _option(0.0, "cutmix alpha; 0: off", _number, at_least=0)
+    cutout: int = _option(
+        0,
+        "small images: side in pixels of a random grey square; 0: none",
+        _whole,
+        at_least=0,
+        at_most=LARGEST_MODEL_ARGUMENT,
+    )
+    mixup: float = _option(0.0, "mixup alpha; 0: off", _number, at_least=0, at_most=1000)
+    cutmix: float = _option(0.0, "cutmix alpha; 0: off", _number, at_least=0, at_most=1000)
 
     # Model. It is built for the data's image size, unless --model-kwargs has an img_size: images are resized to that.
     model: str = _option("swin_tiny_patch4_window7_224", "a timm vision transformer")
@@ -170,9 +275,10 @@ class TrainConfig:
         None,
         "weight of the reconstruction or transport term, one or one per local module; default: the objective's",
         _weights,
+        at_least=0,
     )
     classification_weight: float | tuple[float, ...] | None = _option(
-        None, "weight of the auxiliary cross-entropy, likewise", _weights
+        None, "weight of the auxiliary cross-entropy, likewise", _weights, at_least=0
     )
     lookahead: int = _option(0, "blocks of the next module that an auxiliary head reads", _whole, at_least=0)
 
@@ -222,8 +328,11 @@ class TrainConfig:
 
     # Run folder and reports
     output: str = _option("runs", "folder that run folders are made in")
-    experiment: str = _option("", "name of the run folder; default: time, data and objective")
+    experiment: str = _option("", "name of the run folder; default: time, data and objective", _name)
     recovery_interval: int = _option(0, "steps between saves inside an epoch; 0: only at its end", _whole, at_least=0)
+    save_retry: float = _option(
+        10.0, "minutes to go on trying to save when the disk is full or away, before the run stops", _number, at_least=0
+    )
     log_interval: int = _option(50, "steps between lines inside an epoch, when not on a terminal", _whole, at_least=1)
     log: str = _option("none", "extra log beside metrics.jsonl", choices=("none", "tensorboard"))
 
@@ -234,7 +343,9 @@ class TrainConfig:
                 object.__setattr__(self, option.name, _checked(option.name, option.metadata, value))
         kind = self.data.partition(":")[0]
         if self.data not in (*DATA[:-2], "synthetic") and (kind != "folder" or self.data in ("folder", "folder:")):
-            raise UserError(f"--data {self.data} is not one of {', '.join(DATA)}{nearest(self.data, DATA)}")
+            raise UserError(
+                f"--data {printable(self.data, 80)} is not one of {', '.join(DATA)}{nearest(self.data, DATA)}"
+            )
         if self.warmup_epochs is None:
             object.__setattr__(self, "warmup_epochs", min(self.epochs / 10, 5.0))
         elif self.warmup_epochs > self.epochs:
@@ -256,13 +367,13 @@ class TrainConfig:
         names = {option.name for option in fields(cls)}
         for name in given:
             if name not in names:
-                raise UserError(f"unknown option {name!r}{nearest(name, names)}")
-        recipe = dict(RECIPES.get(given.get("data", "digits"), {}))
+                raise UserError(f"unknown option {shown(name)}{nearest(name, names)}")
+        about = {name: option.metadata for name, option in cls.__dataclass_fields__.items()}
+        recipe = dict(RECIPES.get(_checked("data", about["data"], given.get("data", "digits")), {}))
         if "model" in given:
             recipe.pop("model_kwargs", None)
         elif "model_kwargs" in given:
-            options = cls.__dataclass_fields__["model_kwargs"]
-            kwargs = _checked("model_kwargs", options.metadata, given["model_kwargs"])
+            kwargs = _checked("model_kwargs", about["model_kwargs"], given["model_kwargs"])
             given = {**given, "model_kwargs": {**recipe.get("model_kwargs", {}), **kwargs}}
         return cls(**{**recipe, **given})
 
@@ -274,20 +385,26 @@ class TrainConfig:
 def _checked(name: str, rules: Mapping[str, Any], value: Any) -> Any:
     flag = f"--{name.replace('_', '-')}"
     try:
-        value = rules["parse"](value)
-    except (ValueError, TypeError, AttributeError):
-        raise UserError(f"{flag} must be {_ACCEPTED[rules['parse']]}, got {value!r}.") from None
-    if rules["choices"] and value not in rules["choices"]:
-        raise UserError(f"{flag} {value} is not one of {', '.join(rules['choices'])}{nearest(value, rules['choices'])}")
-    limits = (
-        ("at_least", "at least", lambda bound: value >= bound),
-        ("above", "above", lambda bound: value > bound),
-        ("below", "below", lambda bound: value < bound),
+        parsed = rules["parse"](value)
+    except UserError:
+        raise
+    except (ValueError, TypeError, AttributeError, OverflowError):
+        raise UserError(f"{flag} must be {_ACCEPTED[rules['parse']]}, got {shown(value)}.") from None
+    if rules["choices"] and parsed not in rules["choices"]:
+        raise UserError(
+            f"{flag} {printable(parsed, 80)} is not one of {', '.join(rules['choices'])}{nearest(parsed, rules['choices'])}"
+        )
+    limits: tuple[tuple[str, str, Callable[[Any, Any], bool]], ...] = (
+        ("at_least", "at least", operator.ge),
+        ("above", "above", operator.gt),
+        ("below", "below", operator.lt),
+        ("at_most", "at most", operator.le),
     )
     for key, words, holds in limits:
-        if rules[key] is not None and not holds(rules[key]):
-            raise UserError(f"{flag} must be {words} {rules[key]}, got {value}.")
-    return value
+        for number in parsed if isinstance(parsed, tuple) else (parsed,):
+            if rules[key] is not None and not holds(number, rules[key]):
+                raise UserError(f"{flag} must be {words} {rules[key]}, got {parsed}.")
+    return parsed
 
 
 def _plain(value: Any) -> Any:
@@ -325,27 +442,57 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 
 
+LONGEST_FILE, DEEPEST_FILE = 2**16, 10  # bytes and levels; a file with every option has some 3000 and 3
+
+
 def read_file(path: str | Path) -> dict[str, Any]:
     """The options in a YAML or JSON file, as `TrainConfig.of` takes them (dashes in names count as underscores).
 
     Raises:
-        UserError: the file is missing, is no YAML, or is no mapping.
+        UserError: the file is missing, is no YAML, is no mapping, or is not what a person writes: longer than
+            `LONGEST_FILE`, nested deeper than `DEEPEST_FILE`, with aliases or with a name given twice.
     """
     import yaml
 
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            content = file.read(LONGEST_FILE + 1)
+        if len(content) > LONGEST_FILE:
+            raise UserError(f"--config {path} is longer than {LONGEST_FILE} bytes.")
+        text = content.decode("utf-8")
+        _check_yaml(text, path)  # before anything is built: aliases multiply, and nesting is recursion
+        options = yaml.safe_load(text)
     except OSError as error:
         raise UserError(f"--config {path} cannot be read: {error.strerror}.") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {path} is not valid YAML or JSON: {' '.join(str(error).split())}.") from None
-    if not isinstance(content, dict):
-        raise UserError(f"--config {path} must hold a mapping of options to values, got {type(content).__name__}.")
-    return {str(name).replace("-", "_"): value for name, value in content.items()}
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, AttributeError, OverflowError) as error:
+        # yaml's constructors let through what int, float and datetime raise for texts that only look like theirs
+        raise UserError(f"--config {path} is not valid YAML or JSON: {printable(str(error), 300)}.") from None
+    if not isinstance(options, dict):
+        raise UserError(f"--config {path} must hold a mapping of options to values, got {type(options).__name__}.")
+    return {str(name).replace("-", "_"): value for name, value in options.items()}
 
 
-def write_file(config: TrainConfig, path: Path) -> None:
-    """Write ``config`` as YAML that `read_file` reads back to an equal configuration."""
+def _check_yaml(text: str, path: str | Path) -> None:
     import yaml
 
-    path.write_text(yaml.safe_dump(config.to_dict(), sort_keys=False), encoding="utf-8")
+    depth = 0
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.AliasEvent):
+            raise UserError(f"--config {path} must not have aliases, got *{printable(event.anchor, 80)}.")
+        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+        if depth > DEEPEST_FILE:
+            raise UserError(f"--config {path} must not be nested more than {DEEPEST_FILE} levels deep.")
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    names = [str(name.value).replace("-", "_") for name, _ in root.value] if isinstance(root, yaml.MappingNode) else []
+    for name, times in Counter(names).items():
+        if times > 1:
+            raise UserError(f"--config {path} gives {shown(name)} {times} times.")
+
+
+def to_yaml(config: TrainConfig) -> str:
+    """``config`` as YAML that `read_file` reads back to an equal configuration."""
+    import yaml
+
+    return yaml.safe_dump(config.to_dict(), sort_keys=False)

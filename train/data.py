@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastlocal.train.augment import BatchAugmentation, file_transform, generator_for
 from fastlocal.train.config import TrainConfig, UserError
+from fastlocal.train.workers import read_in_workers
 
 SplitName = Literal["train", "validation"]
 LARGEST_IN_MEMORY = 64  # pixels; image folders whose images are larger are read by workers
@@ -81,14 +82,8 @@ class FileSplit:
 
     def batches(self, indices: Sequence[Tensor], epoch: int | None) -> Iterator[tuple[Tensor, Tensor]]:
         """As `MemorySplit.batches`."""
-        loader = torch.utils.data.DataLoader(
-            _FilesOfEpoch(self, epoch, file_transform(self.image_size, epoch is not None, self.hflip)),
-            batch_sampler=[chosen.tolist() for chosen in indices],
-            num_workers=self.workers,
-            collate_fn=_collate,
-            generator=torch.Generator(),  # else every epoch would draw from the global one
-            pin_memory=torch.cuda.is_available(),
-        )
+        items = _FilesOfEpoch(self, epoch, file_transform(self.image_size, epoch is not None, self.hflip))
+        loader = read_in_workers(items, [chosen.tolist() for chosen in indices], _collate, self.workers)
         for batch in loader:
             if isinstance(batch, UserError):
                 raise batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,21 +13,8 @@ import torch.nn.functional as F
 import fastlocal
 from fastlocal.train import checkpoint as checkpoints
 from fastlocal.train.build import build_device, build_model, build_trainer
-from fastlocal.train.config import TrainConfig, UserError
+from fastlocal.train.config import TrainConfig
 from fastlocal.train.data import Split, check_same_classes, read
-
-
-def load_trainer(trainer: fastlocal.LocalTrainer, state: dict[str, Any], path: Path) -> None:
-    """Load ``state``, read from ``path``, into ``trainer``.
-
-    Raises:
-        UserError: it is the state of another model or set-up.
-    """
-    try:
-        trainer.load_state_dict(state)
-    except (RuntimeError, KeyError, ValueError, TypeError, IndexError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{path} is a checkpoint of another model or set-up: {reason}.") from None
 
 
 @dataclass(frozen=True)
@@ -45,20 +32,22 @@ def validate(
     device: torch.device,
     *,
     ema: bool = False,
-    stopped: Callable[[], bool] = lambda: False,
+    until: Callable[[Iterator[Any]], Iterator[Any]] = iter,
 ) -> Measured | None:
-    """Measure every exit of ``trainer`` on ``split``; None if ``stopped`` says so meanwhile."""
+    """Measure every exit of ``trainer`` on ``split``; None if ``until`` ends the reading before its end."""
     loss, correct = torch.zeros(()), torch.zeros(())
     indices = list(torch.arange(len(split)).split(batch_size))
-    for images, labels in split.batches(indices, None):
-        if stopped():
-            return None
+    read = 0
+    for images, labels in until(split.batches(indices, None)):
         labels = labels.to(device, non_blocking=True)
         logits = trainer.predict(images.to(device, non_blocking=True), ema=ema)
         exits = len(logits)
         losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.repeat(exits), reduction="none")
         loss = loss.to(device) + losses.view(exits, -1).sum(1)
         correct = correct.to(device) + (logits.argmax(2) == labels).sum(1)
+        read += len(labels)
+    if read < len(split):
+        return None
     return Measured((loss / len(split)).tolist(), (correct / len(split)).tolist())
 
 
@@ -79,14 +68,16 @@ def evaluate_saved(path: str | Path, **changes: Any) -> dict[str, Any]:
     if path.is_dir():
         path = path / ("best.pt" if (path / "best.pt").exists() else "last.pt")
     saved = checkpoints.load(path)
-    kept, size = saved["config"], saved["image_size"]
+    # What a checkpoint may not ask for: that something is fetched, or opened beside the images.
+    kept = {**saved["config"], "download": False, "pretrained": False, "initial_checkpoint": None}
+    size = saved["image_size"]
     config = TrainConfig.of(**{**kept, **changes, "model_kwargs": {"img_size": size, **kept["model_kwargs"]}})
     device = build_device(config)
     split = read(config, "validation", size)
     check_same_classes(saved["classes"], split.classes, f"--data {config.data}")
     model = build_model(config, len(saved["classes"]), size)
     trainer = build_trainer(config, model, device, saved["normalize"])
-    load_trainer(trainer, saved["trainer"], path)
+    checkpoints.load_trainer(trainer, saved["trainer"], path)
 
     measured = validate(trainer, split, config.batch_size, device)
     assert measured is not None

@@ -1,18 +1,19 @@
 """The training loop: epochs of `LocalTrainer.step`, validation of every exit, saving and resuming.
 
-A run folder holds ``config.yaml``, ``metrics.jsonl`` (one row per epoch), the checkpoints ``last.pt`` and ``best.pt``,
-and ``model.safetensors``: the best model so far, as plain timm loads it. "Best" is the validation accuracy of the last
-exit, which is the accuracy of the timm model itself, or that of its moving average if there is one.
+`RunFolder` says what a run folder holds. "Best" is the validation accuracy of the last exit, which is the accuracy of the
+timm model itself, or that of its moving average if there is one.
+
+Whatever ends the loop between two steps (a signal, an image that cannot be read, workers that are gone), the state is saved
+first; what ends it within a step leaves the last save.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import random
 import shlex
-import signal
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -30,14 +31,19 @@ import fastlocal
 from fastlocal.train import checkpoint as checkpoints
 from fastlocal.train.augment import mix_batch
 from fastlocal.train.build import Normalization, build_device, build_model, build_trainer, designed_size, follow_plan
-from fastlocal.train.config import TrainConfig, UserError, write_file
+from fastlocal.train.config import TrainConfig, UserError, to_yaml
 from fastlocal.train.data import MemorySplit, Split, check_same_classes, read, training_indices
-from fastlocal.train.evaluation import Measured, load_trainer, validate
-from fastlocal.train.report import Report, keep_rows, peak_memory
+from fastlocal.train.evaluation import Measured, validate
+from fastlocal.train.report import Report, peak_memory
+from fastlocal.train.run_folder import RunFolder, SaveError, default_name
+from fastlocal.train.signals import StopRequest
+
+CHECK_EVERY = 50  # steps between looks at the losses, which make the host wait for the device
+SEARCH = 50  # steps that float16's loss scaling may skip while it looks for its scale
 
 # What may change when a run goes on: where data and arithmetic live and what is said, nothing that the result hangs on
 # (beyond rounding, for the second line).
-RESUMABLE = {"data_dir", "download", "workers", "log_interval", "recovery_interval", "log"} | {
+RESUMABLE = {"data_dir", "download", "workers", "log_interval", "recovery_interval", "save_retry", "log"} | {
     *("device", "kernels", "micro_batch", "recompute", "residency")
 }
 
@@ -52,6 +58,7 @@ class Summary:
     accuracy: tuple[float, ...]
     best_accuracy: float
     interrupted: bool
+    exit_code: int  # of the command line: 0, or which kind of signal stopped it
 
 
 @dataclass
@@ -61,6 +68,7 @@ class Progress:
     epoch: int = 0  # epochs completed
     position: int = 0  # steps done in the epoch that is under way
     best_accuracy: float = -1.0
+    best_epoch: int = 0
     accuracy: list[float] = field(default_factory=list)  # of the last validation, one per exit
     lr: float = 0.0  # of the last step
     seconds: float = 0.0  # training time and sums of the epoch that is under way
@@ -92,20 +100,48 @@ def resume(folder: str | Path, **changes: Any) -> Summary:
         changes: new values for options in `RESUMABLE`.
 
     Raises:
-        UserError: there is no whole checkpoint in ``folder``, its data set has changed, or an option cannot be changed.
+        UserError: there is no whole checkpoint in ``folder``, another process is at it, what the run relies on has changed,
+            or an option cannot be changed.
     """
-    folder = Path(folder)
-    saved = checkpoints.load(folder / "last.pt")
-    kept = saved["config"]
-    config = TrainConfig.of(**{**kept, **changes})
-    for name in changes:
-        if name not in RESUMABLE and getattr(config, name) != getattr(TrainConfig.of(**kept), name):
-            raise UserError(f"--{name.replace('_', '-')} cannot change on --resume; start a new run to change it.")
-    return _Run(config, folder, saved).train()
+    last = Path(folder) / "last.pt"
+    if not last.exists():
+        raise UserError(f"there is no checkpoint at {last}.")
+    opened = RunFolder(Path(folder))
+    try:
+        saved = _load_last(last)
+        kept = {**saved["config"], "download": False}  # a file must not have anything fetched
+        config = TrainConfig.of(**{**kept, **changes})
+        missing = [name for name in config.to_dict() if name not in kept]
+        if missing:
+            raise UserError(f"{last} is of another version of fastlocal, without the options {', '.join(missing)}.")
+        for name in changes:
+            if name not in RESUMABLE and getattr(config, name) != getattr(TrainConfig.of(**kept), name):
+                raise UserError(f"--{name.replace('_', '-')} cannot change on --resume; start a new run to change it.")
+        return _Run(config, opened, saved).train()
+    finally:
+        opened.close()  # what was refused leaves the folder to others
+
+
+def _load_last(last: Path) -> dict[str, Any]:
+    try:
+        return checkpoints.load(last)
+    except UserError as error:
+        previous = last.with_name("previous.pt")
+        if not previous.exists():
+            raise
+        raise UserError(
+            f"{error} The state before it is in {previous}: copy it over last.pt to go on from there."
+        ) from None
+
+
+class DivergedError(UserError):
+    """Training has come to where it cannot go on from; nothing of it is saved."""
 
 
 class _Run:
-    def __init__(self, config: TrainConfig, folder: Path | None = None, saved: dict[str, Any] | None = None) -> None:
+    def __init__(
+        self, config: TrainConfig, folder: RunFolder | None = None, saved: dict[str, Any] | None = None
+    ) -> None:
         self.config, self.device, self.progress = config, build_device(config), Progress()
         size = designed_size(config.model)
         self.training, self.validation = read(config, "train", size), read(config, "validation", size)
@@ -122,64 +158,137 @@ class _Run:
         self.trainer = build_trainer(config, self.model, self.device, self.normalize)
         self.mixup = _mixup(config, len(self.training.classes))
         self.schedules = _schedules(config, self.trainer, self.steps)
+        self.between_steps = True
+        self.lost_rows: list[int] = []  # epochs
 
-        if saved is None:
-            self.folder = _new_folder(config)
-            write_file(config, self.folder / "config.yaml")
-            self.save("last.pt")  # whatever happens from here on, --resume works
+        if folder is None or saved is None:
+            self.folder = self._new_folder()
         else:
-            assert folder is not None
             self.folder = folder
             self._restore(saved)
 
-    def _restore(self, saved: dict[str, Any]) -> None:
-        if saved["training_images"] != len(self.training):
-            raise UserError(
-                f"--data {self.config.data} has {len(self.training)} training images now, and had"
-                f" {saved['training_images']} when this run was saved."
-            )
-        load_trainer(self.trainer, saved["trainer"], self.folder / "last.pt")
-        self.progress = Progress(**saved["progress"])
-        self.progress.totals = {name: total.to(self.device) for name, total in self.progress.totals.items()}
-        keep_rows(self.folder / "metrics.jsonl", self.progress.epoch)
-        checkpoints.restore_random_state(saved["random"])
+    def _new_folder(self) -> RunFolder:
+        """A folder that --resume takes, from the moment that it is seen."""
+        problem = checkpoints.unusable(self.trainer.state_dict())
+        if problem is not None:
+            raise UserError(f"the weights that the run would start from are of no use: {problem}.")
+        config = self.config
+        folder = RunFolder.create(Path(config.output))
+        try:
+            folder.write("config.yaml", lambda file: file.write(to_yaml(config).encode()))
+            folder.commit(self._state())
+            name = config.experiment or default_name(config.data, config.objective)
+            folder.publish(name, unique=bool(config.experiment))
+        except BaseException:
+            folder.discard()
+            raise
+        return folder
 
-    def save(self, *names: str) -> None:
-        saved = {
+    def _restore(self, saved: dict[str, Any]) -> None:
+        path = self.folder.path / "last.pt"
+        changed = [
+            f"{name} was {checkpoints.shown(saved['data'].get(name))} and is {checkpoints.shown(value)}"
+            for name, value in self._data().items()
+            if saved["data"].get(name) != value
+        ]
+        if changed:
+            raise UserError(f"{path} was trained on other data: {checkpoints.listed(changed)}.")
+        checkpoints.load_trainer(self.trainer, saved["trainer"], path)
+        self.progress = Progress(**saved["progress"])
+        self._check_progress(path)
+        self.progress.totals = {name: total.to(self.device) for name, total in self.progress.totals.items()}
+        checkpoints.restore_random_state(saved["random"])
+        self.lost_rows = self.folder.keep_rows(self.progress.epoch)
+
+    def _check_progress(self, path: Path) -> None:
+        """Refuse a position that is none of this run's."""
+        progress, exits, modules = self.progress, len(self.trainer.exit_names), len(self.trainer.modules)
+        shapes = {"samples": (), "loss": (exits,), "regularizer": (exits,), "correct": (exits,)}
+        shapes |= {"gradient_norm": (modules,), "skipped": (modules,)}
+        found = {name: tuple(total.shape) for name, total in progress.totals.items()}
+        if (
+            progress.epoch > self.config.epochs
+            or progress.position > self.steps
+            or progress.best_epoch > progress.epoch
+            or found != (shapes if progress.position else {})
+            or len(progress.accuracy) != (exits if progress.epoch else 0)
+        ):
+            raise UserError(f"{path} stands at a place that this run of {self.config.epochs} epochs never comes to.")
+
+    def _state(self) -> dict[str, Any]:
+        """What `--resume` goes on from."""
+        state = self.trainer.state_dict()
+        problem = checkpoints.unusable(state)
+        if problem is None and self.progress.totals and not bool(self.progress.totals["loss"].isfinite().all()):
+            problem = "a loss is not finite"
+        if problem is not None:
+            raise self._diverged(problem)
+        return {
             "config": self.config.to_dict(),
             "classes": list(self.training.classes),
             "image_size": self.training.image_size,
             "normalize": self.normalize and [list(values) for values in self.normalize],
-            "training_images": len(self.training),
-            "trainer": self.trainer.state_dict(),
+            "data": self._data(),
+            "trainer": state,
             "progress": vars(self.progress),
             "random": checkpoints.random_state(),
         }
-        for name in names:
-            checkpoints.save(self.folder / name, saved)
+
+    def _data(self) -> dict[str, Any]:
+        """What a run relies on to be the same when it goes on."""
+        return {
+            "classes": list(self.training.classes),
+            "training images": len(self.training),
+            "validation images": len(self.validation),
+            "image size": self.training.image_size,
+            "normalization": self.normalize and [list(values) for values in self.normalize],
+        }
+
+    def _diverged(self, problem: str) -> DivergedError:
+        progress = self.progress
+        return DivergedError(
+            f"training has diverged: {problem} in epoch {progress.epoch + 1}, step {progress.position}. Lower --lr or set"
+            f" --clip-grad and start again; {self.folder.path} holds the last good state and, in previous.pt, the one before."
+        )
 
     def train(self) -> Summary:
         config, progress = self.config, self.progress
-        report = Report(config, self.folder, self.trainer.exit_names, self.steps)
+        report = Report(config, self.folder.path, self.steps, progress.epoch)
+        resume = f"fastlocal train --resume {shlex.quote(str(self.folder.path))}"
         with StopRequest() as stop, report:
+            self.folder.retry_for(config.save_retry, report.say, stop)
             for line in self._header():
                 report.say(line)
-            while progress.epoch < config.epochs:
-                measured = self._validate(stop) if self._train_epoch(report, stop) else None
-                if measured is None:
-                    self.save("last.pt")
-                    report.say(f"stopped; go on with: fastlocal train --resume {shlex.quote(str(self.folder))}")
-                    break
-                self._finish_epoch(measured, report)
-            else:
-                report.say(f"done: {self.folder}")
+            try:
+                if self.lost_rows:
+                    report.say(f"metrics.jsonl has lost its rows of epochs {self.lost_rows}")
+                if progress.best_epoch == progress.epoch > 0 and progress.position == 0:
+                    self._write_best(self._state())  # the process that came this far may have ended before it had
+                while progress.epoch < config.epochs:
+                    measured = self._validate(stop) if self._train_epoch(report, stop) else None
+                    if measured is None:
+                        self.folder.commit(self._state())
+                        report.say(f"stopped; go on with: {resume}")
+                        break
+                    self._finish_epoch(measured, report)
+                else:
+                    report.say(f"done: {self.folder.path}")
+            except Exception as error:
+                if self.between_steps and not isinstance(error, SaveError | DivergedError):
+                    self.folder.commit(self._state())
+                    if isinstance(error, UserError):
+                        error.args = (f"{error} The state is saved; go on with: {resume}",)
+                raise
+            finally:
+                self.folder.close()
         return Summary(
-            folder=self.folder,
+            folder=self.folder.path,
             exits=tuple(self.trainer.exit_names),
             epochs=progress.epoch,
             accuracy=tuple(progress.accuracy),
             best_accuracy=progress.best_accuracy,
             interrupted=progress.epoch < config.epochs,
+            exit_code=stop.exit_code if progress.epoch < config.epochs else 0,
         )
 
     def _train_epoch(self, report: Report, stop: StopRequest) -> bool:
@@ -187,35 +296,66 @@ class _Run:
         config, progress = self.config, self.progress
         order = training_indices(len(self.training), config.batch_size, config.seed, progress.epoch)
         seconds, begun = progress.seconds, time.perf_counter()
-        for images, labels in self.training.batches(order[progress.position :], progress.epoch):
-            images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-            targets = labels
-            if self.mixup is not None:
-                images, targets = mix_batch(self.mixup, images, labels)
-            metrics = self.trainer.step(images, targets)
-            progress.position += 1
-            progress.lr = self.trainer.optimizers[-1].param_groups[0]["lr"]
-            for schedule in self.schedules:
-                schedule.step_update(progress.epoch * self.steps + progress.position)
-            progress.add(
-                samples=torch.tensor(metrics.samples),
-                loss=metrics.loss * metrics.samples,
-                regularizer=metrics.regularizer * metrics.samples,
-                correct=metrics.correct,
-                gradient_norm=metrics.gradient_norm.masked_fill(metrics.skipped, 0.0),
-                skipped=metrics.skipped,
-            )
-            progress.seconds = seconds + time.perf_counter() - begun
-            done = progress.position * config.batch_size
-            report.step(progress.epoch + 1, progress.position, metrics.loss, done / progress.seconds)
-            if stop.requested:
-                return False
-            if config.recovery_interval and progress.position % config.recovery_interval == 0:
-                self.save("last.pt")
+        with contextlib.closing(self.training.batches(order[progress.position :], progress.epoch)) as batches:
+            for images, labels in stop.until(batches):
+                self._step(images, labels)
+                progress.seconds = seconds + time.perf_counter() - begun
+                done = progress.position * config.batch_size
+                report.step(progress.epoch + 1, progress.position, self.last_loss, done / progress.seconds)
+                if progress.position % CHECK_EVERY == 0:
+                    self._check_losses()
+                if config.recovery_interval and progress.position % config.recovery_interval == 0:
+                    self.folder.commit(self._state())
+        if progress.position < self.steps:
+            return False
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         progress.seconds = seconds + time.perf_counter() - begun
         return True
+
+    def _step(self, images: Tensor, labels: Tensor) -> None:
+        progress = self.progress
+        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+        self.between_steps, targets = False, labels
+        if self.mixup is not None:
+            images, targets = mix_batch(self.mixup, images, labels)
+        metrics = self.trainer.step(images, targets)
+        progress.position += 1
+        progress.lr = self.trainer.optimizers[-1].param_groups[0]["lr"]
+        for schedule in self.schedules:
+            schedule.step_update(progress.epoch * self.steps + progress.position)
+        progress.add(
+            samples=torch.tensor(metrics.samples),
+            loss=metrics.loss * metrics.samples,
+            regularizer=metrics.regularizer * metrics.samples,
+            correct=metrics.correct,
+            gradient_norm=metrics.gradient_norm.masked_fill(metrics.skipped, 0.0),
+            skipped=metrics.skipped,
+        )
+        self.last_loss, self.between_steps = metrics.loss, True
+
+    def _check_losses(self) -> None:
+        """Raise unless every loss of the epoch so far is finite; waits for the device."""
+        for name, loss in zip(self.trainer.exit_names, self.progress.totals["loss"].tolist(), strict=True):
+            if not math.isfinite(loss):
+                raise self._diverged(f"the loss of {name} is not finite")
+
+    def _skipped(self, skipped: list[int]) -> Iterator[str]:
+        """A sentence for each module that skipped steps of the epoch.
+
+        Raises:
+            DivergedError: one has skipped all, and not because float16 still looks for its scale.
+        """
+        for module, count in enumerate(skipped, start=1):
+            if count:
+                sentence = f"module {module} skipped {count} of {self.steps} steps: its gradients are not finite"
+                searching = self.trainer.scaler.is_enabled() and self.trainer.steps <= SEARCH
+                if count == self.steps and not (searching and self.progress.epoch + 1 < self.config.epochs):
+                    raise DivergedError(
+                        f"{sentence}; lower --lr, set --clip-grad, or with --amp try --amp-dtype bfloat16. What was"
+                        f" trained before is in {self.folder.path}."
+                    )
+                yield sentence
 
     def _validate(self, stop: StopRequest) -> list[Measured] | None:
         """Measure every exit, and the moving average if there is one; None if stopped before the end."""
@@ -224,7 +364,7 @@ class _Run:
             result = validate(
                 *(self.trainer, self.validation, self.config.batch_size, self.device),
                 ema=ema,
-                stopped=lambda: stop.requested,
+                until=stop.until,
             )
             if result is None:
                 return None
@@ -234,12 +374,9 @@ class _Run:
     def _finish_epoch(self, measured: list[Measured], report: Report) -> None:
         progress, totals = self.progress, {name: total.cpu() for name, total in self.progress.totals.items()}
         samples = totals["samples"].item()
-        for name, loss in zip(self.trainer.exit_names, totals["loss"].tolist(), strict=True):
-            if not math.isfinite(loss):
-                raise UserError(
-                    f"the loss of {name} is not finite in epoch {progress.epoch + 1}: lower --lr or set --clip-grad;"
-                    f" the last good state is in {self.folder}."
-                )
+        self._check_losses()
+        for sentence in self._skipped(totals["skipped"].int().tolist()):
+            report.say(sentence)
         row = {
             "epoch": progress.epoch + 1,
             "step": (progress.epoch + 1) * self.steps,
@@ -258,16 +395,20 @@ class _Run:
         }
         if self.config.model_ema:
             row["ema_validation_loss"], row["ema_validation_accuracy"] = measured[1].loss[-1], measured[1].accuracy[-1]
-        report.epoch(row)
         exported = measured[-1].accuracy[-1]
-        best = exported > progress.best_accuracy
-        progress.accuracy, progress.best_accuracy = measured[0].accuracy, max(exported, progress.best_accuracy)
+        self.folder.add_row(row)
+        report.epoch(row)
+        progress.accuracy = measured[0].accuracy
         progress.next_epoch()
-        self.save("last.pt", *(["best.pt"] if best else []))
-        if best:
-            self._export()
+        if exported > progress.best_accuracy:
+            progress.best_accuracy, progress.best_epoch = exported, progress.epoch
+        state = self._state()
+        self.folder.commit(state)
+        if progress.best_epoch == progress.epoch:
+            self._write_best(state)
 
-    def _export(self) -> None:
+    def _write_best(self, saved: dict[str, Any]) -> None:
+        self.folder.write("best.pt", lambda file: checkpoints.write(saved, file))
         state = self.trainer.ema_state_dict() or self.model.state_dict()
         metadata = {
             "format": "pt",
@@ -277,7 +418,7 @@ class _Run:
             "normalize": json.dumps(self.normalize),
         }
         content = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in state.items()}, metadata)
-        checkpoints.write_atomically(self.folder / "model.safetensors", lambda file: file.write(content))
+        self.folder.write("model.safetensors", lambda file: file.write(content))
 
     def _header(self) -> Iterator[str]:
         config, parameters = self.config, sum(p.numel() for p in self.model.parameters())
@@ -289,35 +430,12 @@ class _Run:
         decoder = f" with decoder {config.decoder}" if config.objective in ("feature", "image") else ""
         yield f"learning {config.objective}{decoder}, {len(self.trainer.modules)} modules"
         yield f"device   {self.device}"
-        yield f"run      {self.folder}"
+        yield f"run      {self.folder.path}"
 
 
 def normalization(training: Split) -> Normalization | None:
     """Mean and standard deviation to normalize with: of the data, if it is in memory, else the model's own (None)."""
     return training.mean_and_std() if isinstance(training, MemorySplit) else None
-
-
-class StopRequest:
-    """While active, the first SIGINT or SIGTERM only sets ``requested``; a second one ends the process as usual."""
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopRequest:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._previous[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-        self._previous = {}
-
-    def _handle(self, *_: object) -> None:
-        self.requested = True
-        self.__exit__()
 
 
 def _mixup(config: TrainConfig, classes: int) -> Mixup | None:
@@ -347,19 +465,3 @@ def _schedules(config: TrainConfig, trainer: fastlocal.LocalTrainer, steps: int)
         )[0]
         for optimizer in trainer.optimizers
     ]
-
-
-def _new_folder(config: TrainConfig) -> Path:
-    name = config.experiment or f"{time.strftime('%Y%m%d-%H%M%S')}-{config.data.split(':')[0]}-{config.objective}"
-    folder = Path(config.output) / name
-    try:
-        folder.mkdir(parents=True)
-    except FileExistsError:
-        if folder.is_dir():
-            raise UserError(
-                f"run folder {folder} exists already: choose another --experiment, or continue with --resume {folder}."
-            ) from None
-        raise UserError(f"run folder {folder} cannot be made: a file of that name is in the way.") from None
-    except OSError as error:
-        raise UserError(f"run folder {folder} cannot be made: {error.strerror}; choose another --output.") from None
-    return folder

@@ -1,17 +1,17 @@
-"""What a run says while it goes: rich progress on a terminal, plain lines elsewhere, one JSON row per epoch."""
+"""What a run says while it goes: rich progress on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 import torch
 
-from fastlocal.train.checkpoint import write_atomically
-from fastlocal.train.config import TrainConfig, UserError
+from fastlocal.train.config import TrainConfig, UserError, printable
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -29,35 +29,70 @@ def peak_memory(device: torch.device) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def keep_rows(path: Path, epochs: int) -> None:
-    """Drop the rows after epoch ``epochs``: a run killed between a row and its checkpoint will write them again."""
-    if path.exists():
-        kept = b"".join(path.read_bytes().splitlines(keepends=True)[:epochs])
-        write_atomically(path, lambda file: file.write(kept))
+class Voice:
+    """Standard output, which may fall silent and never fails.
+
+    A reader that left (``| head``), a full disk, a closed terminal: whatever happens to words must not end a training run.
+    What an encoding has no character for is escaped.
+    """
+
+    def __init__(self) -> None:
+        self._stream = sys.stdout  # None where the process was started without
+
+    @property
+    def encoding(self) -> str:
+        return getattr(self._stream, "encoding", None) or "utf-8"
+
+    def isatty(self) -> bool:
+        try:
+            return self._stream is not None and self._stream.isatty()
+        except (OSError, ValueError):
+            return False
+
+    def write(self, text: str) -> int:
+        if self._stream is not None:
+            try:
+                self._stream.write(text.encode(self.encoding, "backslashreplace").decode(self.encoding))
+                self._stream.flush()
+            except (OSError, ValueError):
+                self._fall_silent()
+        return len(text)
+
+    def flush(self) -> None:
+        """Nothing: `write` does."""
+
+    def _fall_silent(self) -> None:
+        # Python flushes sys.stdout once more when it ends, and would turn the failure into an exit code.
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+        self._stream = None
 
 
 class Report:
     """Reports of one run; use as a context manager.
 
     Args:
-        folder: where ``metrics.jsonl`` (and TensorBoard's events) go.
+        folder: where TensorBoard's events go.
         steps: training steps per epoch.
+        epoch: epochs that were completed before.
 
     Raises:
         UserError: ``log="tensorboard"`` and TensorBoard is not installed.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path, exits: Sequence[str], steps: int) -> None:
-        self.config, self.folder, self.exits, self.steps = config, folder, tuple(exits), steps
+    def __init__(self, config: TrainConfig, folder: Path, steps: int, epoch: int) -> None:
+        self.config, self.steps, self._voice = config, steps, Voice()
         self._tensorboard = self._progress = None
         if config.log == "tensorboard":
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise UserError("--log tensorboard needs TensorBoard: pip install tensorboard.") from None
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"))
-        if sys.stdout.isatty():
-            from rich import progress
+            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=epoch + 1)
+        if self._voice.isatty():
+            from rich import console, progress
 
             self._progress = progress.Progress(
                 progress.TextColumn("{task.description}"),
@@ -66,6 +101,7 @@ class Report:
                 progress.TimeRemainingColumn(),
                 progress.TextColumn("{task.fields[state]}"),
                 transient=True,
+                console=console.Console(file=cast(IO[str], self._voice)),
             )
             self._bar = self._progress.add_task("", total=steps, state="")
 
@@ -77,15 +113,15 @@ class Report:
     def __exit__(self, *_: object) -> None:
         if self._progress is not None:
             self._progress.stop()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        self._log(lambda writer: writer.close())
 
     def say(self, text: str) -> None:
         """One line of text."""
+        text = printable(text)
         if self._progress is not None:
             self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
         else:
-            print(text, flush=True)
+            print(text, file=cast(IO[str], self._voice))
 
     def step(self, epoch: int, step: int, loss: torch.Tensor, rate: float) -> None:
         """After a training step: ``loss`` [K] of this step, ``rate`` in images per second, ``step`` counted from 1."""
@@ -96,14 +132,11 @@ class Report:
         if self._progress is not None:
             self._progress.update(self._bar, description=f"epoch {epoch}", completed=step, state=state)
         else:
-            print(f"epoch {epoch} step {step}/{self.steps}  {state}", flush=True)
+            self.say(f"epoch {epoch} step {step}/{self.steps}  {state}")
 
-    def epoch(self, row: dict[str, Any]) -> None:
-        """After an epoch: append its row to ``metrics.jsonl`` and say it in one line."""
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        if self._tensorboard is not None:
-            self._write_tensorboard(row)
+    def epoch(self, row: Mapping[str, Any]) -> None:
+        """After an epoch: its row of ``metrics.jsonl`` in one line."""
+        self._log(lambda writer: _add_scalars(writer, row))
         memory = row["peak_memory_bytes"]
         self.say(
             f"epoch {row['epoch']}/{self.config.epochs}"
@@ -113,14 +146,23 @@ class Report:
             + (f"  {memory / 2**20:.0f} MiB" if memory is not None else "")
         )
 
-    def _write_tensorboard(self, row: dict[str, Any]) -> None:
-        assert self._tensorboard is not None
-        for name, value in row.items():
-            if isinstance(value, int | float):
-                self._tensorboard.add_scalar(name, value, row["epoch"])
-            elif isinstance(value, list) and name != "exits":
-                for module, entry in enumerate(value, start=1):
-                    self._tensorboard.add_scalar(f"{name}/{module}", entry, row["epoch"])
+    def _log(self, action: Callable[[Any], object]) -> None:
+        """Do something with TensorBoard's writer, if there is one; its failures end the log and not the run."""
+        if self._tensorboard is not None:
+            try:
+                action(self._tensorboard)
+            except Exception as error:  # its thread hands on whatever it ran into
+                self._tensorboard = None
+                self.say(f"TensorBoard's log ends here: {error}")
+
+
+def _add_scalars(writer: Any, row: Mapping[str, Any]) -> None:
+    for name, value in row.items():
+        if isinstance(value, int | float):
+            writer.add_scalar(name, value, row["epoch"])
+        elif isinstance(value, list) and name != "exits":
+            for module, entry in enumerate(value, start=1):
+                writer.add_scalar(f"{name}/{module}", entry, row["epoch"])
 
 
 def _numbers(values: Sequence[float], form: str) -> str:

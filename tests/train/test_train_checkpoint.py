@@ -23,9 +23,13 @@ def _content(mark: int) -> dict[str, Any]:
     return {"mark": mark, "weights": {"a": weights, "b": weights.view(50, 60) * 2}, "notes": ["x", 1.5, None]}
 
 
+def _save(path: Path, tree: dict[str, Any]) -> None:
+    checkpoint.write_atomically(path, lambda file: checkpoint.write(tree, file))
+
+
 def test_a_saved_tree_loads_back(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "last.pt", _content(1))
-    loaded = checkpoint.load(tmp_path / "last.pt")
+    _save(tmp_path / "last.pt", _content(1))
+    loaded = checkpoint.read_tree(tmp_path / "last.pt")
     assert loaded["mark"] == 1
     assert loaded["notes"] == ["x", 1.5, None]
     assert torch.equal(loaded["weights"]["b"], _content(1)["weights"]["b"])
@@ -58,7 +62,7 @@ def _save_and_die(path: Path, at: int) -> None:
     torch.save = lambda tree, file: torch_save(tree, Dying(file))  # type: ignore[assignment]
     os.fsync = lambda descriptor: (event(), fsync(descriptor))  # type: ignore[assignment]
     os.replace = lambda *names: (event(), replace(*names), event())  # type: ignore[assignment]
-    checkpoint.save(path, _content(2))
+    _save(path, _content(2))
     os._exit(0)
 
 
@@ -66,7 +70,7 @@ def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path: Path)
     path = tmp_path / "last.pt"
     marks, killed = [], True
     while killed:
-        checkpoint.save(path, _content(1))
+        _save(path, _content(1))
         child = os.fork()
         if child == 0:
             try:
@@ -76,7 +80,7 @@ def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path: Path)
         status = os.waitpid(child, 0)[1]
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
         assert killed or status == 0
-        loaded = checkpoint.load(path)
+        loaded = checkpoint.read_tree(path)
         assert torch.equal(loaded["weights"]["a"], _content(loaded["mark"])["weights"]["a"])
         marks.append(loaded["mark"])
     # Old content up to the rename, the new one from there on; the last round ran to its end.
@@ -86,24 +90,25 @@ def test_a_process_killed_while_saving_leaves_a_whole_checkpoint(tmp_path: Path)
 
 
 def test_a_failed_save_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.save(tmp_path / "last.pt", _content(1))
+    _save(tmp_path / "last.pt", _content(1))
 
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match=r"last\.pt cannot be written: No space left on device"):
-        checkpoint.save(tmp_path / "last.pt", _content(2))
-    assert checkpoint.load(tmp_path / "last.pt")["mark"] == 1
+    with pytest.raises(OSError, match="No space left on device"):
+        _save(tmp_path / "last.pt", _content(2))
+    assert os.listdir(tmp_path) == ["last.pt"]
+    assert checkpoint.read_tree(tmp_path / "last.pt")["mark"] == 1
 
 
 def test_truncated_files_are_named(tmp_path: Path) -> None:
-    checkpoint.save(tmp_path / "whole.pt", _content(1))
+    _save(tmp_path / "whole.pt", _content(1))
     whole = (tmp_path / "whole.pt").read_bytes()
     for share in (0, 0.001, 0.1, 0.5, 0.9, 0.99, 0.999):
         (tmp_path / "cut.pt").write_bytes(whole[: int(share * len(whole))])
         with pytest.raises(UserError, match=r"cut\.pt .*(truncated|damaged)"):
-            checkpoint.load(tmp_path / "cut.pt")
+            checkpoint.read_tree(tmp_path / "cut.pt")
 
 
 class _Malicious:
@@ -122,7 +127,7 @@ def test_a_pickle_is_never_run(tmp_path: Path, form: str) -> None:
     else:
         torch.save(tree, path, _use_new_zipfile_serialization=form == "torch zip")
     with pytest.raises(UserError, match=r"bad\.pt"):
-        checkpoint.load(path)
+        checkpoint.read_tree(path)
     assert not (tmp_path / "ran").exists()
     torch.load(path, weights_only=False) if form == "torch zip" else pickle.loads(pickle.dumps(tree))
     assert (tmp_path / "ran").exists()  # the trap works where it is sprung
@@ -131,9 +136,9 @@ def test_a_pickle_is_never_run(tmp_path: Path, form: str) -> None:
 def test_other_files_are_refused(tmp_path: Path) -> None:
     torch.save({"weights": torch.ones(3)}, tmp_path / "other.pt")
     with pytest.raises(UserError, match="not a fastlocal checkpoint"):
-        checkpoint.load(tmp_path / "other.pt")
+        checkpoint.read_tree(tmp_path / "other.pt")
     with pytest.raises(UserError, match="no checkpoint at"):
-        checkpoint.load(tmp_path / "missing.pt")
+        checkpoint.read_tree(tmp_path / "missing.pt")
 
 
 def test_random_state_comes_back_through_a_file(tmp_path: Path) -> None:
@@ -141,11 +146,11 @@ def test_random_state_comes_back_through_a_file(tmp_path: Path) -> None:
     np.random.seed(3)
     torch.manual_seed(3)
     np.random.randn(), random.gauss(0, 1)  # both keep half of a pair in reserve
-    checkpoint.save(tmp_path / "random.pt", {"random": checkpoint.random_state()})
+    _save(tmp_path / "random.pt", {"random": checkpoint.random_state()})
 
     def draw() -> list[float]:
         return [random.gauss(0, 1), random.random(), np.random.randn(), np.random.rand(), torch.rand(()).item()]
 
     expected, others = draw(), draw()
-    checkpoint.restore_random_state(checkpoint.load(tmp_path / "random.pt")["random"])
+    checkpoint.restore_random_state(checkpoint.read_tree(tmp_path / "random.pt")["random"])
     assert draw() == expected != others

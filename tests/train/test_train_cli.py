@@ -58,7 +58,7 @@ def test_train_then_evaluate_then_plain_timm(cli: Command, flags: Flags, tmp_pat
     assert "epoch 3/3" in trained.out
     folder = tmp_path / "runs" / "tiny"
     assert {file.name for file in folder.iterdir()} == {
-        *("config.yaml", "metrics.jsonl", "last.pt", "best.pt", "model.safetensors")
+        *("config.yaml", "metrics.jsonl", "last.pt", "previous.pt", "best.pt", "model.safetensors", ".lock")
     }
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -127,7 +127,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 
     monkeypatch.setattr(fastlocal.LocalTrainer, "step", step)
     stopped = cli("train", *flags(epochs=1))
-    assert stopped.code == 130
+    assert stopped.code == 128 + number
     line = next(line for line in stopped.out.splitlines() if line.startswith("stopped"))
     command = shlex.split(line.partition(": ")[2])
     assert command[:3] == ["fastlocal", "train", "--resume"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ import safetensors.torch
 import torch
 
 import fastlocal
-from fastlocal.train import loop
+from fastlocal.train import loop, signals
 from fastlocal.train.config import TrainConfig, UserError
 
 Options = Callable[..., dict[str, Any]]
@@ -144,21 +145,30 @@ def test_only_what_the_result_does_not_hang_on_can_change(tiny: Options) -> None
 def test_other_training_images_are_refused(tiny: Options) -> None:
     folder = loop.run(TrainConfig.of(**tiny(epochs=1))).folder
     saved = torch.load(folder / "last.pt", weights_only=True)
-    torch.save({**saved, "training_images": 63}, folder / "last.pt")
-    with pytest.raises(UserError, match="has 64 training images now, and had 63"):
+    saved["data"]["training images"] = 63
+    torch.save(saved, folder / "last.pt")
+    with pytest.raises(UserError, match="other data: training images was 63 and is 64"):
         loop.resume(folder)
 
 
-def test_a_second_ctrl_c_ends_at_once(tiny: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_ctrl_c_ends_at_once_but_an_echo_of_the_first_does_not(
+    tiny: Options, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def twice() -> None:
         _press_ctrl_c()
+        time.sleep(0.02)
         _press_ctrl_c()
 
-    _interrupt(monkeypatch, "step", 2, twice)
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # pytest-xdist's workers ignore Ctrl-C
     try:
-        with pytest.raises(KeyboardInterrupt):
-            loop.run(TrainConfig.of(**tiny()))
+        with monkeypatch.context() as patch:
+            _interrupt(patch, "step", 2, twice)
+            assert loop.run(TrainConfig.of(**tiny(experiment="echo"))).interrupted
+        with monkeypatch.context() as patch:
+            patch.setattr(signals, "HURRY", 0.01)
+            _interrupt(patch, "step", 2, twice)
+            with pytest.raises(KeyboardInterrupt):
+                loop.run(TrainConfig.of(**tiny()))
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)

@@ -20,21 +20,21 @@ Command = Callable[..., Any]
 
 
 @pytest.fixture
-def weights(tmp_path: Path, tiny: Options) -> Path:
-    """Weights of the tiny model for 1000 classes, as timm's hub has them."""
+def weights(tmp_path: Path, tiny: Options, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Weights of the tiny model for 1000 classes, where timm looks for pretrained ones in place of its hub."""
     torch.manual_seed(7)
-    path = tmp_path / "weights.safetensors"
+    path, create = tmp_path / "weights.safetensors", timm.create_model
+
+    def from_file(*arguments: Any, **options: Any) -> torch.nn.Module:
+        return create(*arguments, **options, pretrained_cfg_overlay={"file": str(path)})
+
+    monkeypatch.setattr(timm, "create_model", from_file)
     save_file(timm.create_model("vit_tiny_patch16_224", img_size=8, **tiny()["model_kwargs"]).state_dict(), path)
     return path
 
 
-def _pretrained(tiny: Options, weights: Path, **changes: Any) -> TrainConfig:
-    overlay = {"pretrained_cfg_overlay": {"file": str(weights)}}
-    return TrainConfig.of(**tiny(pretrained=True, model_kwargs={**tiny()["model_kwargs"], **overlay}, **changes))
-
-
 def test_pretrained_weights_with_a_new_classifier(tiny: Options, weights: Path) -> None:
-    model = build_model(_pretrained(tiny, weights), 10, 8, start=True)
+    model = build_model(TrainConfig.of(**tiny(pretrained=True)), 10, 8, start=True)
     given = load_file(weights)
     assert model.state_dict()["head.weight"].shape[0] == 10
     assert all(torch.equal(v, given[name]) for name, v in model.state_dict().items() if not name.startswith("head."))
@@ -43,10 +43,10 @@ def test_pretrained_weights_with_a_new_classifier(tiny: Options, weights: Path) 
 def test_a_pretrained_run_keeps_its_normalization_and_resumes_without_the_file(
     tiny: Options, weights: Path, cli: Command
 ) -> None:
-    straight = loop.run(_pretrained(tiny, weights, experiment="straight"))
+    straight = loop.run(TrainConfig.of(**tiny(pretrained=True, experiment="straight")))
     saved = torch.load(straight.folder / "last.pt", weights_only=True)
     assert saved["normalize"] is None  # the model's own, not the digits'
-    half = loop.run(_pretrained(tiny, weights, experiment="half", epochs=1))
+    half = loop.run(TrainConfig.of(**tiny(pretrained=True, experiment="half", epochs=1)))
     assert torch.load(half.folder / "last.pt", weights_only=True)["config"]["pretrained"]
     weights.unlink()
     assert cli("eval", straight.folder).code == 0

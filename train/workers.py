@@ -1,0 +1,79 @@
+"""Batches read by worker processes, whatever happens to those."""
+
+from __future__ import annotations
+
+import multiprocessing
+import multiprocessing.queues
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from fastlocal.train.config import UserError, printable
+from fastlocal.train.signals import STOPPED, leave_to_parent
+
+LONGEST_WAIT = 300  # seconds for one batch
+
+
+class WorkersLostError(UserError):
+    """The workers are gone or stuck, which nothing in the data explains: to go on later may well work."""
+
+    exit_code = STOPPED
+
+
+def read_in_workers(
+    dataset: Dataset[Any], batches: Sequence[list[int]], collate: Callable[[list[Any]], Any], workers: int
+) -> Iterator[Any]:
+    """``collate`` of the ``dataset``'s items for each list of indices in ``batches``, read by ``workers`` processes.
+
+    The workers ignore the signals that stop a run and end when the iterator is closed.
+
+    Raises:
+        WorkersLostError: a worker was killed, has no room in /dev/shm, or gives nothing for `LONGEST_WAIT` seconds.
+    """
+    loader = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=collate,
+        generator=torch.Generator(),  # else every epoch would draw from the global one
+        pin_memory=torch.cuda.is_available(),
+        timeout=LONGEST_WAIT if workers else 0,
+        worker_init_fn=_begin_worker,
+    )
+    if not workers:
+        yield from loader
+        return
+    on_main_thread = threading.current_thread() is threading.main_thread()
+    on_child = signal.getsignal(signal.SIGCHLD) if on_main_thread and hasattr(signal, "SIGCHLD") else None
+    others = set(multiprocessing.active_children())
+    reader: Any = None
+    try:
+        reader = iter(loader)
+        if on_child is not None:
+            # torch's handler raises wherever the main thread is, in the middle of a step too. That a worker is gone is
+            # noticed without it, where its batch is waited for.
+            signal.signal(signal.SIGCHLD, on_child)
+        yield from reader
+    except (RuntimeError, OSError) as error:
+        if str(error).startswith("Caught "):  # raised by the dataset in a worker
+            raise
+        raise WorkersLostError(
+            f"the --workers that read images stopped ({printable(str(error), 200).rstrip('.')}): use fewer, free memory,"
+            " or give /dev/shm more room (docker run --shm-size)."
+        ) from None
+    finally:
+        if reader is not None:
+            reader._shutdown_workers()
+        for worker in set(multiprocessing.active_children()) - others:
+            worker.kill()  # it ignores the SIGTERM that torch ends stuck workers with
+
+
+def _begin_worker(_: int) -> None:
+    leave_to_parent()
+    # A batch that cannot be handed over, as when /dev/shm is full, is dropped by default, and waited for in vain.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))  # type: ignore[attr-defined]
