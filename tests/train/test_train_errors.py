@@ -46,7 +46,10 @@ def _assert_told(outcome: Any, *parts: str) -> None:
         (("train", "--opt", "adamm", *VIT), ("--opt 'adamm' is not known to timm", "did you mean")),
         (("train", "--device", "gpu", *VIT), ("--device gpu cannot be used",)),
         (("train", "--model", "resnet50"), ("ResNet is not supported", "swin_*, swinv2_*, vit_*")),
-        (("train", "--model", "vit_tiny_patch16_224", "--model-kwargs", "dpth=3"), ("'dpth' is no argument", "did you mean 'depth'?")),
+        (
+            ("train", "--model", "vit_tiny_patch16_224", "--model-kwargs", "dpth=3"),
+            ("'dpth' is no argument", "did you mean 'depth'?"),
+        ),
         (("train", *VIT, "mlp_ratio=-1"), ("cannot be built with", "mlp_ratio=-1")),
         (("train", "--model", "vit_tiny_patch16_224"), ("does not fit images of 8 pixels", "patch size, 16")),
         (("train", "--modules", 5, *VIT), ("modules must be from 1 to 4", "got 5")),
@@ -176,7 +179,9 @@ def test_a_disk_that_fills_up(
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(cli: Command, flags: Callable[..., list[str]], tmp_path: Path) -> None:
-    _assert_told(cli("train", *flags(opt="sgd", lr=1e30)), "the loss of module", "is not finite in epoch 1, step 4. Lower --lr")
+    _assert_told(
+        cli("train", *flags(opt="sgd", lr=1e30)), "the loss of module", "is not finite in epoch 1, step 4. Lower --lr"
+    )
     saved = torch.load(tmp_path / "runs" / "tiny" / "last.pt", weights_only=True)
     assert all(value.isfinite().all() for value in saved["trainer"]["model"].values())
 
