@@ -41,6 +41,12 @@ class Recorder:
         self.gradient_norm = torch.zeros(modules, device=device)
         self.skipped = torch.zeros(modules, dtype=torch.bool, device=device)
 
+    def begin(self, k: int) -> None:
+        """Forget what was added for module ``k``, which is about to see the batch."""
+        if k in self.exits:
+            for sums in (self.loss, self.correct, self.regularizer):
+                sums[self.exits.index(k)] = 0
+
     @torch.no_grad()
     def add(self, k: int, loss: Tensor, logits: Tensor, labels: Tensor, regularizer: Tensor | None) -> None:
         exit, share = self.exits.index(k), len(labels) / self.samples

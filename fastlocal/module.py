@@ -2,18 +2,42 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from fastlocal.backbone import Backbone, Block
-from fastlocal.decoders import Decoder
+from fastlocal.checks import check_choice
+from fastlocal.decoders import DECODERS, Decoder, Kind
 from fastlocal.heads import AuxiliaryHead
-from fastlocal.objectives import Features
+from fastlocal.objectives import Features, Objective
 
 Recompute = Literal["none", "block"]
+
+
+@dataclass(frozen=True)
+class ModuleOptions:
+    """What the local modules are made of.
+
+    Raises:
+        ValueError: a value is none of what `fastlocal.LocalTrainer` accepts.
+    """
+
+    decoder: str
+    reconstruction: Kind
+    normalize_target: bool
+    lookahead: int
+    recompute: Recompute
+
+    def __post_init__(self) -> None:
+        check_choice("decoder", self.decoder, list(DECODERS))
+        check_choice("recompute", self.recompute, get_args(Recompute))
+        if self.lookahead < 0:
+            raise ValueError(f"lookahead must be at least 0, got {self.lookahead}.")
 
 
 class LocalModule(nn.Module):
@@ -91,3 +115,32 @@ class LocalModule(nn.Module):
         for block in self.lookahead:
             _, h = block(h)
         return self.auxiliary(h)
+
+
+def build_modules(
+    backbone: Backbone, spans: Sequence[range], classes: int, objective: Objective, options: ModuleOptions
+) -> tuple[LocalModule, ...]:
+    """The modules that ``spans`` cut ``backbone`` into, with the heads that ``objective`` needs."""
+    modules = []
+    for span, following in zip(spans, [*spans[1:], None], strict=True):
+        local = following is not None and not objective.exact
+        lookahead = min(options.lookahead, len(following)) if local and following is not None else 0
+        auxiliary = decoder = None
+        if local:
+            auxiliary = AuxiliaryHead(backbone.boundaries[span.stop + lookahead], classes)
+            target = objective.target(span.start == 0, backbone.image, backbone.boundaries[span.start])
+            if target is not None:
+                source = backbone.boundaries[span.stop]
+                decoder = DECODERS[options.decoder](source, target, options.reconstruction, options.normalize_target)
+        modules.append(
+            LocalModule(
+                backbone,
+                span,
+                auxiliary=auxiliary,
+                decoder=decoder,
+                lookahead=lookahead,
+                measure_residual=local and objective.measures_residual,
+                recompute=options.recompute,
+            )
+        )
+    return tuple(modules)

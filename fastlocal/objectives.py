@@ -7,6 +7,7 @@ and nothing else. `EndToEnd` is no local objective at all: it asks the trainer f
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -128,3 +129,28 @@ class EndToEnd(Objective):
 
 
 OBJECTIVES: dict[str, type[Objective]] = {cls.name: cls for cls in (Feature, Image, Objective, Transport, EndToEnd)}
+
+
+def loss_weights(
+    objective: Objective,
+    modules: int,
+    regularizer: float | Sequence[float] | None,
+    classification: float | Sequence[float] | None,
+) -> tuple[Weights, Weights]:
+    """Weights of the regularizer and of the auxiliary cross-entropy of each of the ``modules - 1`` local modules.
+
+    Args:
+        regularizer, classification: one number for all, one for each, or None for the objective's own.
+
+    Raises:
+        ValueError: there are more or fewer numbers than local modules.
+    """
+    count = modules - 1
+    given = {"regularizer_weight": regularizer, "classification_weight": classification}
+    weights: list[Weights] = []
+    for (name, value), default in zip(given.items(), objective.default_weights(modules), strict=True):
+        values = default if value is None else (value,) * count if isinstance(value, (int, float)) else tuple(value)
+        if len(values) != count:
+            raise ValueError(f"{name} needs one number, or one for each of the {count} local modules; got {value}.")
+        weights.append(values)
+    return weights[0], weights[1]

@@ -286,7 +286,7 @@ class _Rehearsal:
             for k, span in enumerate(trainer.spans[:-1]):
                 embedded, output = (torch.empty(2, *view.boundaries[i].shape) for i in (span.start, span.stop))
                 features = Features(embedded, output.requires_grad_(), residual=output.sum())
-                trainer.local_loss(k, features, images, labels, record).backward()
+                trainer.engine.local_loss(k, features, images, labels, record).backward()
         for optimizer in trainer.optimizers:
             optimizer.zero_grad()
         return counter.get_total_flops() / 2
@@ -336,9 +336,11 @@ class _Rehearsal:
         trainer.micro_batch = micro_batch
         for module in trainer.modules:
             module.recompute = recompute
-        if trainer.residency.keep != residency:
-            trainer.residency.release()
-            trainer.residency = Residency(trainer.modules, trainer.residency.optimizers, residency, trainer.device)
+        if trainer.residency.options.keep != residency:
+            engine = trainer.engine
+            engine.residency.release()
+            options = replace(engine.residency.options, keep=residency)
+            trainer.residency = engine.residency = Residency(trainer.modules, engine.optimizers, options, engine.bus)
             trainer.residency.park()
         images = torch.empty(batch, *trainer.backbone.image.shape, dtype=torch.uint8)
         labels = torch.empty(batch, dtype=torch.int64)

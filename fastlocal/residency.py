@@ -1,234 +1,238 @@
 """What of the idle modules stays on the device.
 
-Parameters and optimizer state of an idle module can live in host memory. A module's parameters come in when its turn comes
-(and the next module's are prefetched behind its compute); its optimizer state comes in a bucket at a time while the optimizer
-steps, and goes out again with the updated parameters. So the device never holds more than the parameters of two modules, the
-gradients of one, and two buckets of optimizer state, and each byte crosses the bus once each way per step.
+The parameters of an idle module can live on the host (`Slab`), and so can its optimizer states (`HostedOptimizer`). A module's
+weights come in when its turn comes (and the next module's are prefetched behind its compute) and go out, updated, a slice at a
+time with the optimizer states that came for the update. So the device holds the weights of one or two modules, the gradients
+of one, and two slices of optimizer state; everything crosses the bus once each way per step, whatever the number of parts.
 
-On CUDA, host copies are pinned and all copies run on a stream of their own. On a CPU the same code runs with the host as a
-second pool of the same memory, which is how it is tested and how memory is predicted without a GPU.
+With ``weights="low"`` what autocast would cast in every forward, the weights of linear and convolution layers, arrives cast
+already: half the bytes on the device and on the bus. The fp32 master comes only as a slice, for the optimizer. Gradients are
+fp32 either way. The copies themselves are made by `fastlocal.bus.Bus`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Literal, cast, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from fastlocal import memory
+from fastlocal.bus import Bus
 from fastlocal.checks import check_choice
+from fastlocal.hosted import HostedOptimizer
 from fastlocal.module import LocalModule
+from fastlocal.slab import Slab, lay_out
 
 Keep = Literal["all", "optimizer", "module"]
+Weights = Literal["full", "low"]
 
-# Optimizer state moves in buckets of consecutive parameters: large enough to fill the bus, small enough not to matter.
-BUCKET_BYTES = 16 * 2**20
+
+@dataclass(frozen=True)
+class ResidencyOptions:
+    """What of the idle modules stays on the device, and how the module at work is held there.
+
+    Attributes:
+        keep: ``"all"`` moves nothing; ``"optimizer"`` keeps the optimizer states of all modules on the host except while
+            they step; ``"module"`` keeps the parameters there as well.
+        weights: ``"full"``, or ``"low"``: cast to ``amp_dtype`` on the device where autocast would cast them.
+        prefetch: fetch the next module's weights behind the compute of the one before, which holds both.
+
+    Raises:
+        ValueError: a value is none of these, or two do not go together.
+    """
+
+    keep: Keep
+    weights: Weights
+    prefetch: bool
+    amp_dtype: torch.dtype | None
+
+    def __post_init__(self) -> None:
+        check_choice("residency", self.keep, get_args(Keep))
+        check_choice("weights", self.weights, get_args(Weights))
+        if self.weights == "low" and (self.keep != "module" or self.amp_dtype is None):
+            raise ValueError(
+                "weights='low' needs residency='module' (the fp32 weights stay on the host) and amp_dtype (what they are cast"
+                f" to); got residency={self.keep!r} and amp_dtype={self.amp_dtype}."
+            )
 
 
 class Residency:
-    """Moves the state of ``modules`` between host and ``device``.
+    """Moves the state of ``modules`` between host and device.
 
     Args:
-        keep: ``"all"`` moves nothing; ``"optimizer"`` keeps the optimizer state of all modules on the host except while
-            they step; ``"module"`` keeps the parameters there as well.
         optimizers: one per module, None for a module with nothing to train. With ``keep`` other than ``"all"`` an optimizer
-            sees a bucket of parameters at a time, so it must treat each parameter on its own, as SGD, AdamW or Lion do.
-
-    Raises:
-        ValueError: ``keep`` is none of the three.
+            sees a few parameters, or slices of them, at a time, so it must treat each parameter on its own.
     """
 
     def __init__(
         self,
         modules: Sequence[LocalModule],
         optimizers: Sequence[torch.optim.Optimizer | None],
-        keep: Keep,
-        device: torch.device,
+        options: ResidencyOptions,
+        bus: Bus,
     ) -> None:
-        check_choice("residency", keep, get_args(Keep))
-        self.keep = keep
-        self.device = device
-        self.optimizers = optimizers
-        self._needed = [[*m.parameters(), *(p for b in m.lookahead for p in b.parameters())] for m in modules]
-        self._host: dict[nn.Parameter, Tensor] = {}
-        self._host_state: dict[tuple[nn.Parameter, str], Tensor] = {}
-        self._on_device: set[nn.Parameter] = set()
-        # Separate streams, because the bus carries both directions at once.
-        self._incoming: torch.cuda.Stream | None
-        self._outgoing: torch.cuda.Stream | None
-        self._incoming, self._outgoing = (
-            (torch.cuda.Stream(device), torch.cuda.Stream(device))
-            if device.type == "cuda" and keep != "all"
-            else (None, None)
-        )
-        if keep == "module":
-            for parameter in dict.fromkeys(p for needed in self._needed for p in needed):
-                self._host[parameter] = self._new_host(parameter.data)
-                parameter.data = self._host[parameter]
+        self.options = options
+        self._bus = bus
+        self._optimizers = optimizers
+        self._hosted: list[HostedOptimizer | None] = []
+        self._slabs: list[Slab] = []
+        self._needed: list[list[Slab]] = []
+        if options.keep == "all":
+            return
+        slab_of = self._lay_out(modules)
+        self._hosted = [HostedOptimizer(o, slab_of, bus) if o is not None else None for o in optimizers]
+        for module in modules:
+            needed = (slab_of[p] for p in _parameters(module))
+            self._needed.append(list(dict.fromkeys(needed)))
+        if options.keep == "module":
+            for slab in self._slabs:
+                self._settle_down(slab)
+        else:
+            for parameter in slab_of:
+                parameter.data = parameter.data.contiguous()  # a slice of it is a view
 
     @contextmanager
     def on_device(self, index: int, upcoming: int | None) -> Iterator[None]:
         """Hold the parameters of module ``index`` on the device in this block, and prefetch those of ``upcoming``."""
-        if self.keep != "module":
+        if self.options.keep != "module":
             yield
             return
+        following = self._needed[upcoming] if upcoming is not None else []
         self._fetch(self._needed[index])
-        self._await_copies()
-        if upcoming is not None:
-            self._fetch(self._needed[upcoming])
+        self._bus.arrive()
+        if self.options.prefetch:
+            self._fetch(following)
         try:
             yield
         finally:
-            staying = set(self._needed[upcoming]) if upcoming is not None else set()
-            for parameter in self._needed[index]:
-                if parameter in self._on_device and parameter not in staying:
-                    self._drop(parameter)
+            for slab in self._needed[index]:
+                if slab not in following:
+                    self._drop(slab)
 
     def step(self, index: int) -> None:
         """Step the optimizer of module ``index`` on the gradients that its parameters hold, and set those to None."""
-        optimizer = self.optimizers[index]
-        if optimizer is None:
-            return
-        if self.keep == "all":
+        optimizer, hosted = self._optimizers[index], self._hosted[index] if self._hosted else None
+        if hosted is not None:
+            hosted.step()
+        elif optimizer is not None:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            return
-        gradients = {p: p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
-        optimizer.zero_grad(set_to_none=True)
-        buckets = _buckets(list(gradients))
-        if buckets:
-            self._fetch_state(optimizer, buckets[0])
-        for current, following in zip(buckets, [*buckets[1:], []], strict=True):
-            self._await_copies()
-            self._fetch_state(optimizer, following)
-            for parameter in current:
-                parameter.grad = gradients.pop(parameter)
-            optimizer.step()
-            for parameter in current:
-                parameter.grad = None
-                self._return_state(optimizer, parameter)
-                if parameter in self._on_device:
-                    self._write_back(parameter)
 
     def exchange(self, pairs: Iterable[tuple[nn.Parameter, nn.Parameter]]) -> None:
         """Exchange the values of parameters, none of them in use now, with those of others that are kept where they are."""
         for parameter, other in pairs:
-            if parameter in self._host:
-                self._host[parameter] = other.data
-            parameter.data, other.data = other.data, parameter.data
+            if self.options.keep == "module":  # a slab is exchanged in place
+                value = parameter.data.clone()
+                parameter.data.copy_(other.data)
+                other.data.copy_(value)
+            else:
+                parameter.data, other.data = other.data, parameter.data
+        for slab in self._slabs:
+            _cast(slab)
 
     def park(self) -> None:
-        """Move home whatever is on the device and need not be, after a checkpoint was loaded or a step was cut off."""
-        self._await_copies()  # else a prefetch under way would write to memory that is free again
-        for parameter in list(self._on_device):
-            self._drop(parameter)
-        for optimizer in self.optimizers if self.keep != "all" else ():
-            if optimizer is not None:
-                for trained in list(optimizer.state):
-                    self._return_state(optimizer, cast(nn.Parameter, trained))
-        self.synchronize()
+        """Move home whatever is on the device and need not be, after a step was cut off."""
+        self._bus.arrive()  # else a prefetch under way would write to memory that is free again
+        for slab in self._slabs:
+            self._drop(slab)
+        for index in range(len(self._hosted)):
+            self.park_states(index)
+        self._bus.synchronize()
+
+    def park_states(self, index: int) -> None:
+        """Move the optimizer states of module ``index`` home, after they were loaded."""
+        hosted = self._hosted[index] if self._hosted else None
+        if hosted is not None:
+            hosted.park()
 
     def release(self) -> None:
         """Bring everything to the device for good, so that another `Residency` may take over."""
-        for parameter in list(self._host):
-            if parameter not in self._on_device:
-                parameter.data = self._to_device(self._host[parameter])
-        self._host.clear()
-        self._on_device.clear()
-        for optimizer in self.optimizers:
-            for state in optimizer.state.values() if optimizer is not None and self.keep != "all" else ():
-                for key, value in _large(state):
-                    state[key] = self._to_device(value)
-        self._await_copies()
+        for slab in self._slabs:
+            for parameter, home in slab.homes.items():
+                parameter.data = self._bus.fetch(home)
+        for hosted in self._hosted:
+            if hosted is not None:
+                hosted.release()
+        self._bus.arrive()
+        self._slabs, self._hosted, self._needed = [], [], []
 
-    def synchronize(self) -> None:
-        """Wait until the host copies are up to date, so that the CPU may read them."""
-        if self._outgoing is not None:
-            self._outgoing.synchronize()
+    # Weights
 
-    # Parameters
+    def _lay_out(self, modules: Sequence[LocalModule]) -> dict[nn.Parameter, Slab]:
+        """The slab of each parameter: a module's own, and apart from them those that the module before it borrows."""
+        borrowed = {p for module in modules for block in module.lookahead for p in block.parameters()}
+        low = set(_castable(modules)) if self.options.weights == "low" else set()
+        slab_of: dict[nn.Parameter, Slab] = {}
+        for module in modules:
+            kinds: dict[tuple[bool, torch.dtype], list[nn.Parameter]] = {}
+            for parameter in module.parameters():
+                if parameter not in slab_of:
+                    kinds.setdefault((parameter in borrowed, parameter.dtype), []).append(parameter)
+            for parameters in kinds.values():
+                slab = lay_out(parameters, low)
+                slab_of.update(dict.fromkeys(parameters, slab))
+                self._slabs.append(slab)
+        return slab_of
 
-    def _fetch(self, parameters: Sequence[nn.Parameter]) -> None:
-        for parameter in parameters:
-            if parameter not in self._on_device:
-                parameter.data = self._to_device(self._host[parameter])
-                self._on_device.add(parameter)
+    def _settle_down(self, slab: Slab) -> None:
+        """Give the parameters of ``slab`` their home on the host."""
+        slab.home = self._bus.host(slab.size, slab.dtype).zero_()
+        if slab.low_size:
+            slab.low = self._bus.host(slab.low_size, cast(torch.dtype, self.options.amp_dtype))
+        for parameter in slab.offsets:
+            slab.homes[parameter] = home = slab.view(slab.home, parameter)
+            home.copy_(parameter.data)
+            parameter.data = home
+            if slab.low is not None:
+                parameter.grad_dtype = slab.dtype  # gradients add up in it, whatever the weights are held in
+        _cast(slab)
 
-    def _write_back(self, parameter: nn.Parameter) -> None:
-        self._copy_out(parameter.data, self._host[parameter])
-        self._drop(parameter)
+    def _fetch(self, slabs: Sequence[Slab]) -> None:
+        for slab in slabs:
+            if slab.device is not None:
+                continue
+            assert slab.home is not None
+            if any(version != parameter._version for parameter, version in slab.versions.items()):
+                _cast(slab)  # somebody loaded weights since
+            low = self._bus.fetch(slab.low) if slab.low is not None else slab.home[:0]
+            rest = self._bus.fetch(slab.home[slab.low_size :]) if slab.low_size < slab.size else slab.home[:0]
+            slab.device = (low, rest)
+            for parameter, offset in slab.offsets.items():
+                held = offset < slab.low_size
+                parameter.data = slab.view(low if held else rest, parameter, 0 if held else slab.low_size)
 
-    def _drop(self, parameter: nn.Parameter) -> None:
-        parameter.data = self._host[parameter]
-        self._on_device.remove(parameter)
-
-    # Optimizer state
-
-    def _fetch_state(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
-        for parameter in parameters:
-            state = optimizer.state.get(parameter, {})
-            for key, value in _large(state):
-                self._host_state[parameter, key] = value
-                state[key] = self._to_device(value)
-
-    def _return_state(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> None:
-        state = optimizer.state.get(parameter, {})  # plain [] would make an entry
-        for key, value in _large(state):
-            host = self._host_state.pop((parameter, key), None)
-            if host is None:
-                host = self._new_host(value)
-            else:
-                self._copy_out(value, host)
-            state[key] = host
-
-    # Copies
-
-    def _new_host(self, value: Tensor) -> Tensor:
-        host = torch.empty_like(value, device="cpu", pin_memory=self._outgoing is not None)
-        memory.on_host(host)
-        host.copy_(value)
-        return host
-
-    def _to_device(self, host: Tensor) -> Tensor:
-        if self._incoming is None:
-            return host.clone()
-        # Allocated on the compute stream, so it may be freed there at any time. The copy waits for the work queued so far,
-        # which may still read what this memory held before.
-        value = torch.empty_like(host, device=self.device)
-        self._incoming.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._incoming):
-            value.copy_(host, non_blocking=True)
-        return value
-
-    def _copy_out(self, value: Tensor, host: Tensor) -> None:
-        if self._outgoing is None:
-            host.copy_(value)
-            return
-        self._outgoing.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self._outgoing):
-            host.copy_(value, non_blocking=True)
-        value.record_stream(self._outgoing)
-
-    def _await_copies(self) -> None:
-        if self._incoming is not None:
-            torch.cuda.current_stream(self.device).wait_stream(self._incoming)
+    def _drop(self, slab: Slab) -> None:
+        if slab.device is not None:
+            for parameter, home in slab.homes.items():
+                parameter.data = home
+            slab.device = None
 
 
-def _large(state: dict[str, object]) -> list[tuple[str, Tensor]]:
-    """The tensors of an optimizer state that are worth moving; step counters stay where the optimizer put them."""
-    return [(key, value) for key, value in state.items() if isinstance(value, Tensor) and value.numel() > 1]
+def _cast(slab: Slab) -> None:
+    """Cast the weights on the host again; they have changed there."""
+    slab.versions = {parameter: parameter._version for parameter in slab.offsets}
+    if slab.low is not None and slab.home is not None:
+        slab.low.copy_(slab.home[: slab.low_size])
 
 
-def _buckets(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
-    buckets: list[list[nn.Parameter]] = []
-    size = BUCKET_BYTES
-    for parameter in parameters:
-        if size + parameter.nbytes > BUCKET_BYTES:
-            buckets.append([])
-            size = 0
-        buckets[-1].append(parameter)
-        size += parameter.nbytes
-    return buckets
+def _parameters(module: LocalModule) -> Iterator[nn.Parameter]:
+    """What ``module`` reads: its own parameters, and those of the blocks that it looks ahead through."""
+    yield from module.parameters()
+    for block in module.lookahead:
+        yield from block.parameters()
+
+
+def _castable(modules: Sequence[LocalModule]) -> Iterator[nn.Parameter]:
+    """The fp32 weights that autocast would cast: of linear and convolution layers, whose only use is their own.
+
+    Subclasses are left out, since they may do arithmetic on their weight, and decoders, whose projection is a part of
+    `fastlocal.kernels.reconstruction_loss`, which sums its gradient in fp32.
+    """
+    for module in modules:
+        decoder = set(module.decoder.modules()) if module.decoder is not None else set()
+        for layer in module.modules():
+            if layer not in decoder and type(layer) in (nn.Linear, nn.Conv2d) and layer.weight.dtype == torch.float32:
+                yield layer.weight

@@ -189,8 +189,8 @@ def _build(model: nn.Module, setup: Setup) -> tuple[Step, Callable[[], list[Any]
         residency=setup.residency,  # type: ignore[arg-type]
         amp_dtype=torch.bfloat16,
     )
-    parts = trainer._parts
-    trainer._parts = lambda batch: representative(parts(batch))  # type: ignore[method-assign]
+    parts = trainer.engine.parts
+    trainer.engine.parts = lambda batch: representative(parts(batch))  # type: ignore[method-assign]
     return trainer.step, lambda: [*trainer.modules, *trainer.optimizers]
 
 

@@ -79,7 +79,7 @@ def test_resume_under_another_residency(build: Build, batch: Batch, first: str, 
 
 def test_small_buckets_change_no_bit(build: Build, batch: Batch, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = run(build, batch, "vit", 3, residency="module")
-    monkeypatch.setattr("fastlocal.residency.BUCKET_BYTES", 1)
+    monkeypatch.setattr("fastlocal.hosted.SLICE", 64)
     assert_equal(run(build, batch, "vit", 3, residency="module"), expected)
 
 

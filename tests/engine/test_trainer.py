@@ -121,7 +121,7 @@ def test_a_non_finite_gradient_skips_its_module_only(build: Build, batch: Batch)
 
 def test_loss_scaling_updates_once_per_step(build: Build, batch: Batch) -> None:
     trainer = fastlocal.LocalTrainer(build("vit"), modules=5, amp_dtype=torch.float16)
-    trainer.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    trainer.engine.scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
     for _ in range(3):
         trainer.step(*batch)
     assert trainer.scaler.state_dict()["_growth_tracker"] == 3
@@ -393,7 +393,7 @@ def test_out_of_memory_halves_the_parts_and_goes_on(
             raise torch.OutOfMemoryError("no memory for this many samples")
         (loss * share).backward()
 
-    monkeypatch.setattr(trainer, "_backward", backward)
+    monkeypatch.setattr(trainer.engine, "backward", backward)
     with pytest.warns(UserWarning, match="out of memory with parts of") as told:
         metrics = trainer.step(*batch)
     assert len(told) == 2

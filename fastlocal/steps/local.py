@@ -1,0 +1,75 @@
+"""The local step: module after module, each from a loss of its own.
+
+x = images
+for module in modules:
+    for part of x:
+        h = module(part); its loss; its backward     # the graph is gone before the next part
+        output[part] = h, detached
+    update the module                                # its gradients and state are gone before the next module
+    x = output
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fastlocal.boundary import Boundary
+from fastlocal.engine import Engine
+from fastlocal.metrics import Recorder
+
+
+class LocalStep:
+    """One local step on a batch.
+
+    Args:
+        images: [B, channels, H, W], floating or uint8, where the user has them.
+        labels: [B] or [B, classes], on the device.
+    """
+
+    def __init__(self, engine: Engine, images: Tensor, labels: Tensor, record: Recorder) -> None:
+        self._engine = engine
+        self._labels = labels
+        self._record = record
+        self._k = 0  # the module that is trained next
+        self._images = self._x = engine.images(images)
+
+    def run(self) -> None:
+        """Train every module; after an out-of-memory error, call it again to go on at the module that failed."""
+        modules = self._engine.modules
+        while self._k < len(modules):
+            output = self._train(self._k)
+            self._k += 1
+            needed = any(module.reads_image for module in modules[self._k :])
+            if self._x is not self._images or not needed:
+                self._x.release()
+            if not needed:
+                self._images.release()
+            self._x = output
+
+    def _train(self, k: int) -> Boundary:
+        """Train module ``k``; returns what it passes on (nothing, if it is the last)."""
+        engine, module = self._engine, self._engine.modules[k]
+        batch = len(self._labels)
+        parts, output = engine.parts(batch), engine.boundary(batch)
+        inputs = self._x.parts(parts)
+        images = self._images.parts(parts) if module.reads_image and k > 0 else None
+        with engine.learning(k, engine.following(k), self._record):
+            self._record.begin(k)
+            for part in parts:
+                image = next(images) if images is not None else None
+                h = self._train_part(k, next(inputs), image, self._labels[part])
+                if module.head is None:
+                    output.write(part, h)
+                del h, image
+        return output
+
+    def _train_part(self, k: int, x: Tensor, image: Tensor | None, labels: Tensor) -> Tensor:
+        """Forward and backward on one part; returns the detached output, and the graph is gone."""
+        engine = self._engine
+        x = engine.enter(k, x)
+        image = x if k == 0 else engine.prepare(image) if image is not None else None
+        with engine.autocast():
+            features = engine.modules[k](x)
+        loss = engine.local_loss(k, features, image, labels, self._record)
+        engine.backward(loss, len(labels) / self._record.samples)
+        return features.output.detach()
