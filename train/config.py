@@ -291,6 +291,15 @@ class TrainConfig:
     residency: str = _option(
         "all", "what of the idle modules stays on the device", choices=("all", "optimizer", "module")
     )
+    boundaries: str = _option(
+        "device", "where what stands between two modules lives, images included", choices=("device", "host")
+    )
+    weights: str = _option(
+        "full", "with --residency module, 'low': weights arrive cast to the low precision", choices=("full", "low")
+    )
+    prefetch: bool = _option(
+        True, "with --residency module, fetch the next module's weights ahead of time, which holds both", _switch
+    )
     kernels: str = _option("auto", "fused ops", choices=("auto", "triton", "reference"))
     device: str = _option("auto", "torch device; auto: cuda if there is one, else cpu")
     torchcompile: bool = _option(False, "compile each module with torch.compile", _switch)

@@ -44,7 +44,7 @@ SEARCH = 50  # steps that float16's loss scaling may skip while it looks for its
 # What may change when a run goes on: where data and arithmetic live and what is said, nothing that the result hangs on
 # (beyond rounding, for the second line).
 RESUMABLE = {"data_dir", "download", "workers", "log_interval", "recovery_interval", "save_retry", "log"} | {
-    *("device", "kernels", "micro_batch", "recompute", "residency")
+    *("device", "kernels", "micro_batch", "recompute", "residency", "boundaries", "weights", "prefetch")
 }
 
 
