@@ -50,6 +50,11 @@ def set_kernels(choice: Choice) -> None:
     _choice = choice
 
 
+def choice() -> Choice:
+    """What is chosen now. A forward hands it to its backward, which must run the same implementation whenever it runs."""
+    return _choice
+
+
 def interpreting() -> bool:
     """Whether Triton kernels run in Triton's interpreter (``TRITON_INTERPRET=1``), on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
@@ -57,13 +62,18 @@ def interpreting() -> bool:
 
 def why_not_triton(device: torch.device) -> str | None:
     """The reason Triton kernels cannot run on ``device`` in one sentence, or None if they can."""
-    if importlib.util.find_spec("triton") is None:
+    if not _triton_is_installed():
         return "Triton is not installed."
     if interpreting():
         return None
     if device.type != "cuda":
         return f"Triton kernels run on CUDA devices (or anywhere with TRITON_INTERPRET=1), not on {device.type!r}."
     return _why_not_card(device.index if device.index is not None else torch.cuda.current_device())
+
+
+@functools.cache
+def _triton_is_installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
@@ -74,22 +84,26 @@ def _why_not_card(index: int) -> str | None:
     return None
 
 
-def implementation(device: torch.device, limit: str | None = None) -> Literal["triton", "reference"]:
-    """The implementation that runs on ``device`` under the current choice.
+def implementation(
+    device: torch.device, limit: str | None = None, choice: Choice | None = None
+) -> Literal["triton", "reference"]:
+    """The implementation that runs on ``device``.
 
     ``"auto"`` on a CPU is the reference even when interpreting: the interpreter is for tests, which ask for it.
 
     Args:
         limit: what keeps an op's Triton kernels from these inputs, in one sentence; None if nothing does.
+        choice: None for the current one.
 
     Raises:
         RuntimeError: ``"triton"`` was asked for and cannot run on ``device``.
     """
-    if _choice == "reference" or (_choice == "auto" and device.type == "cpu"):
+    choice = choice or _choice
+    if choice == "reference" or (choice == "auto" and device.type == "cpu"):
         return "reference"
     reason = why_not_triton(device) or limit
     if reason is None:
         return "triton"
-    if _choice == "triton":
+    if choice == "triton":
         raise RuntimeError(f"kernels='triton' was asked for, but {reason[0].lower()}{reason[1:]}")
     return "reference"

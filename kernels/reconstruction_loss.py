@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastlocal.kernels import dispatch
+from fastlocal.kernels.registration import autocast_dtype, register, without_autocast
 
 Kind = Literal["mse", "l1", "smooth_l1"]
 Reduction = Literal["mean", "sample"]
@@ -72,10 +73,9 @@ def reconstruction_loss(
     _check(hidden, weight, bias, target, upsample, kind, reduction)
     # The autocast rule. Not torch.library's: that would copy the target, which is as large as the reconstruction, and
     # the weight, whose gradient would be rounded.
-    device_type = hidden.device.type
-    if torch.is_autocast_enabled(device_type) and hidden.dtype != torch.float64:
-        hidden = hidden.to(torch.get_autocast_dtype(device_type))
-    losses = _forward(hidden, weight, bias, target, upsample, kind, normalize_target)
+    if (autocast := autocast_dtype(hidden.device)) is not None and hidden.dtype != torch.float64:
+        hidden = hidden.to(autocast)
+    losses = _forward(hidden, weight, bias, target, upsample, kind, normalize_target, dispatch.choice())
     return losses.mean() if reduction == "mean" else losses
 
 
@@ -89,7 +89,9 @@ def workspace_bytes(hidden: Tensor, weight: Tensor, target: Tensor) -> int:
     tokens, pixels = hidden.numel() // channels, outputs // target.shape[-1]
     elements = min(tokens, _tile_tokens(outputs, channels, hidden.device)) * max(outputs, channels)
     sums = _accumulate_dtype(hidden.dtype).itemsize
-    if _implementation(hidden) == "triton":  # the gradient, hidden where it must be copied, and the kernel's small sums
+    if (
+        _implementation(hidden, dispatch.choice()) == "triton"
+    ):  # the gradient, hidden where it must be copied, and the kernel's small sums
         small = tokens * (8 * pixels + 4 * -(-outputs // 64)) + elements // 16
         tile = 2 * hidden.dtype.itemsize * elements + small
     else:  # the residual, the target and the normalized target
@@ -151,8 +153,13 @@ def _check(
 # serve one upstream gradient per sample either, and would do the backward's work in evaluation. So: the inputs.
 
 
-@torch.library.custom_op("fastlocal::reconstruction_loss", mutates_args=())
-def _forward(
+_INPUTS = (
+    "Tensor hidden, Tensor weight, Tensor? bias, Tensor target, int upsample, str kind, bool normalize_target, "
+    "str kernels"
+)
+
+
+def _run(
     hidden: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -160,15 +167,15 @@ def _forward(
     upsample: int,
     kind: str,
     normalize_target: bool,
+    kernels: dispatch.Choice,
 ) -> Tensor:
     """The mean loss of each sample, [B]."""
     weight = weight.to(hidden.dtype)
     patches = _patches(target, upsample)
-    if _implementation(hidden) == "triton":
+    if _implementation(hidden, kernels) == "triton":
         from fastlocal.kernels import reconstruction_loss_triton
 
-        with torch.cuda.device_of(hidden):  # Triton launches on the current device
-            losses = reconstruction_loss_triton.loss_sums(hidden, weight, bias, patches, kind, normalize_target)
+        losses = reconstruction_loss_triton.loss_sums(hidden, weight, bias, patches, kind, normalize_target)
     else:
         losses = hidden.new_zeros(hidden.shape[0], dtype=_accumulate_dtype(hidden.dtype))
         for tile in _tiles(hidden, weight.shape[0]):
@@ -176,21 +183,11 @@ def _forward(
     return losses.div_(target[0].numel())
 
 
-@_forward.register_fake
-def _(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    upsample: int,
-    kind: str,
-    normalize_target: bool,
-) -> Tensor:
+def _fake(hidden: Tensor, *_: object) -> Tensor:
     return hidden.new_empty(hidden.shape[0], dtype=_accumulate_dtype(hidden.dtype))
 
 
-@torch.library.custom_op("fastlocal::reconstruction_loss_backward", mutates_args=())
-def _backward(
+def _run_backward(
     upstream: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -199,6 +196,7 @@ def _backward(
     upsample: int,
     kind: str,
     normalize_target: bool,
+    kernels: dispatch.Choice,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of hidden, weight and bias; those not ``needed`` are empty."""
@@ -208,7 +206,7 @@ def _backward(
     d_weight = torch.zeros(weight.shape if needs_weight else 0, dtype=sums, device=weight.device)
     d_bias = torch.zeros(weight.shape[0] if needs_bias else 0, dtype=sums, device=weight.device)
     tile_gradient: Callable[..., Tensor] = _reference_gradient
-    if _implementation(hidden) == "triton":
+    if _implementation(hidden, kernels) == "triton":
         from fastlocal.kernels import reconstruction_loss_triton
 
         tile_gradient = reconstruction_loss_triton.tile_gradient
@@ -217,17 +215,16 @@ def _backward(
     cast_weight = weight.to(hidden.dtype)
     patches = _patches(target, upsample)
     for tile in _tiles(hidden, weight.shape[0]):
-        with torch.cuda.device_of(hidden):
-            gradient = tile_gradient(
-                hidden[tile],
-                cast_weight,
-                bias,
-                patches[tile],
-                upstream[tile[0]],
-                kind,
-                normalize_target,
-                d_bias if needs_bias else None,
-            )
+        gradient = tile_gradient(
+            hidden[tile],
+            cast_weight,
+            bias,
+            patches[tile],
+            upstream[tile[0]],
+            kind,
+            normalize_target,
+            d_bias if needs_bias else None,
+        )
         if needs_hidden:
             torch.mm(gradient, cast_weight, out=d_hidden[tile].view(-1, hidden.shape[-1]))
         if needs_weight:
@@ -235,8 +232,7 @@ def _backward(
     return d_hidden, d_weight.to(weight.dtype), d_bias if bias is None else d_bias.to(bias.dtype)
 
 
-@_backward.register_fake
-def _(
+def _fake_backward(
     upstream: Tensor,
     hidden: Tensor,
     weight: Tensor,
@@ -245,6 +241,7 @@ def _(
     upsample: int,
     kind: str,
     normalize_target: bool,
+    kernels: str,
     needed: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     d_hidden = torch.empty(hidden.shape if needed[0] else 0, dtype=hidden.dtype, device=hidden.device)
@@ -253,18 +250,25 @@ def _(
     return d_hidden, d_weight, d_bias
 
 
-def _setup_context(ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensor) -> None:
-    hidden, weight, bias, target, *ctx.options = inputs  # type: ignore[attr-defined]
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    hidden, weight, bias, target, *ctx.options = inputs
     ctx.save_for_backward(hidden, weight, bias, target)
 
 
-def _autograd(ctx, upstream: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+def _autograd(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
     needed = ctx.needs_input_grad[:3]
     gradients = _backward(upstream, *ctx.saved_tensors, *ctx.options, needed)
-    return *(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), *[None] * 4
+    return *(gradient if need else None for gradient, need in zip(gradients, needed, strict=True)), *[None] * 5
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_backward = register(
+    f"reconstruction_loss_backward(Tensor upstream, {_INPUTS}, bool[] needed) -> (Tensor, Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+)
+_forward = register(
+    f"reconstruction_loss({_INPUTS}) -> Tensor", _run, _fake, setup_context=_setup_context, backward=_autograd
+)
 
 
 @register_flop_formula(torch.ops.fastlocal.reconstruction_loss)
@@ -278,10 +282,10 @@ def _backward_flops(upstream: torch.Size, hidden: torch.Size, weight: torch.Size
     return _forward_flops(hidden, weight) * (1 + needs_hidden + needs_weight)
 
 
-def _implementation(hidden: Tensor) -> str:
+def _implementation(hidden: Tensor, kernels: dispatch.Choice) -> str:
     if hidden.dtype == torch.float64:
         return "reference"
-    return dispatch.implementation(hidden.device)
+    return dispatch.implementation(hidden.device, None, kernels)
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -325,7 +329,7 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def _reference_residual(hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, normalize: bool) -> Tensor:
     """Reconstruction minus target for tokens [b, h, w, Ck] and patches [b, h, w, r, r, Ct]: [b, tokens, r·r·Ct]."""
-    with torch.autocast(hidden.device.type, enabled=False):
+    with without_autocast(hidden.device):
         residual = (hidden.flatten(1, 2) @ weight.t()).to(_accumulate_dtype(hidden.dtype))
     if bias is not None:
         residual += bias
@@ -368,7 +372,8 @@ def _reference_gradient(
     if kind == "mse":
         slope.mul_(2)
     elif kind == "l1":
-        slope.sign_()
+        not_a_number = slope.isnan()
+        slope.sign_().masked_fill_(not_a_number, math.nan)  # sign(NaN) is 0: a diverged loss with a gradient of zeros
     else:
         slope.clamp_(-1, 1)
     slope = slope.mul_(upstream[:, None, None]).flatten(0, 1)

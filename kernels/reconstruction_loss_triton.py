@@ -24,10 +24,18 @@ EPS: tl.constexpr = tl.constexpr(1e-6)
 
 @triton.jit
 def _offset(token, height, width, batch_stride, row_stride, column_stride):
-    """Where tokens start in a tensor whose first dimensions are [B, height, width]."""
+    """Where tokens start in a tensor whose first dimensions are [B, height, width]. In 64 bits, as all that a stride
+    multiplies: in a layout with the channels first, one stride may be nearly as large as the tensor."""
     sample = tl.cast(token // (height * width), tl.int64)
     row = tl.cast(token // width % height, tl.int64)
     return sample * batch_stride + row * row_stride + tl.cast(token % width, tl.int64) * column_stride
+
+
+@triton.jit
+def _patch_offset(pixel, UPSAMPLE: tl.constexpr, row_stride, column_stride):
+    """Where pixels start in the patch of a token."""
+    row, column = tl.cast(pixel // UPSAMPLE, tl.int64), tl.cast(pixel % UPSAMPLE, tl.int64)
+    return row * row_stride + column * column_stride
 
 
 @triton.jit
@@ -52,7 +60,7 @@ def _residual_kernel(
 
     hidden_ptr += _offset(token, height, width, hidden_batch, hidden_row, hidden_column)[:, None] * UNIT
     channels *= UNIT
-    weight_ptr += output[:, None] * channels
+    weight_ptr += tl.cast(output, tl.int64)[:, None] * channels
     residual = tl.zeros([BLOCK_TOKENS, BLOCK_OUTPUTS], tl.float32)
     for start in range(0, channels, BLOCK_CHANNELS):
         channel = start + tl.arange(0, BLOCK_CHANNELS)
@@ -67,8 +75,8 @@ def _residual_kernel(
         residual += tl.load(bias_ptr + output, mask=output_mask, other=0.0).to(tl.float32)[None, :]
 
     pixel = output // TARGET_CHANNELS
-    patch = (pixel // UPSAMPLE) * target_patch_row + (pixel % UPSAMPLE) * target_patch_column
-    patch += (output % TARGET_CHANNELS) * target_channel
+    patch = _patch_offset(pixel, UPSAMPLE, target_patch_row, target_patch_column)
+    patch += tl.cast(output % TARGET_CHANNELS, tl.int64) * target_channel
     position = _offset(token, height, width, target_batch, target_row, target_column)
     target = tl.load(target_ptr + position[:, None] + patch[None, :], mask=mask, other=0.0).to(tl.float32)
     if NORMALIZE:
@@ -77,12 +85,13 @@ def _residual_kernel(
         target *= tl.load(rstd_ptr + statistic, mask=mask, other=0.0)
     residual = tl.where(mask, residual - target, 0.0)
 
-    clipped = tl.minimum(tl.maximum(residual, -1.0), 1.0)
+    # tl.minimum and tl.maximum would make a NaN a number, and a diverged loss have a gradient that looks well.
+    clipped = tl.where(residual > 1.0, 1.0, tl.where(residual < -1.0, -1.0, residual))
     if BACKWARD:
         if KIND == "mse":
             gradient = residual * 2.0
         elif KIND == "l1":
-            gradient = tl.where(residual > 0.0, 1.0, tl.where(residual < 0.0, -1.0, 0.0))
+            gradient = tl.where(residual > 0.0, 1.0, tl.where(residual < 0.0, -1.0, residual))  # 0 and NaN stay
         else:
             gradient = clipped
         gradient *= tl.load(upstream_ptr + token // (height * width), mask=token_mask, other=0.0)[:, None]
@@ -115,19 +124,21 @@ def _statistics_kernel(
     pixel = position % (UPSAMPLE * UPSAMPLE)
     position_mask = token < tokens
     target_ptr += _offset(token, height, width, target_batch, target_row, target_column)[:, None]
-    target_ptr += ((pixel // UPSAMPLE) * target_patch_row + (pixel % UPSAMPLE) * target_patch_column)[:, None]
+    target_ptr += _patch_offset(pixel, UPSAMPLE, target_patch_row, target_patch_column)[:, None]
     total = tl.zeros([BLOCK_POSITIONS], tl.float32)
     for start in range(0, TARGET_CHANNELS, BLOCK_CHANNELS):
         channel = start + tl.arange(0, BLOCK_CHANNELS)
         mask = position_mask[:, None] & (channel < TARGET_CHANNELS)[None, :]
-        target = tl.load(target_ptr + channel[None, :] * target_channel, mask=mask, other=0.0).to(tl.float32)
+        offset = tl.cast(channel, tl.int64)[None, :] * target_channel
+        target = tl.load(target_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         total += tl.sum(target, 1)
     mean = total / TARGET_CHANNELS
     squares = tl.zeros([BLOCK_POSITIONS], tl.float32)
     for start in range(0, TARGET_CHANNELS, BLOCK_CHANNELS):
         channel = start + tl.arange(0, BLOCK_CHANNELS)
         mask = position_mask[:, None] & (channel < TARGET_CHANNELS)[None, :]
-        target = tl.load(target_ptr + channel[None, :] * target_channel, mask=mask, other=0.0).to(tl.float32)
+        offset = tl.cast(channel, tl.int64)[None, :] * target_channel
+        target = tl.load(target_ptr + offset, mask=mask, other=0.0).to(tl.float32)
         centered = tl.where(mask, target - mean[:, None], 0.0)
         squares += tl.sum(centered * centered, 1)
     tl.store(mean_ptr + position, mean, mask=position_mask)

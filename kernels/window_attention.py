@@ -8,12 +8,14 @@ are in `window_attention_triton`.
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from fastlocal.kernels import dispatch
+from fastlocal.kernels.registration import autocast_dtype, register, without_autocast
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAXIMUM_WINDOW_TOKENS = 256  # a whole row of scores has to fit in a program's registers
@@ -44,7 +46,8 @@ def window_attention(
             reference, and in float64; the Triton kernels take float32 with at most 32 channels per head.
         bias_table: [(2h − 1)(2w − 1), num_heads] for windows of h × w, any of these dtypes: entry
             ``(row_q − row_k + h − 1)(2w − 1) + column_q − column_k + w − 1`` is added to the scaled score of q and k.
-            Its gradient is summed in float32, in a fixed order, and rounded once.
+            Its gradient is summed in float32, in a fixed order, and rounded once. A query whose biases are all −inf
+            gets zeros.
         window_size: side of the windows, or (h, w), at most 256 tokens. H and W must be multiples of it: where timm
             pads, pad the grid *before* the qkv projection, as `accelerate` does, so that pad tokens carry its bias.
         shift: of the grid before partition, or (rows, columns), 0 ≤ shift < window_size. Scores between tokens that the
@@ -52,7 +55,7 @@ def window_attention(
         scale: default ``(C / num_heads) ** -0.5``.
 
     Returns:
-        [B, H, W, C], contiguous, in the dtype of qkv. Differentiable once.
+        [B, H, W, C], contiguous, in the dtype of qkv. Differentiable once, in reverse mode, under torch.func too.
 
     Source: Liu et al., "Swin Transformer" (arXiv 2103.14030).
 
@@ -65,10 +68,12 @@ def window_attention(
     _check(qkv, bias_table, num_heads, (window_h, window_w), (shift_h, shift_w))
     if scale is None:
         scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
+    elif isinstance(scale, Tensor):
+        raise ValueError("scale must be a number, which gets no gradient, got a tensor: multiply q by a learnt scale.")
     # The autocast rule. Not torch.library's: that would also cast the table, and round its gradient's sum with it.
-    if torch.is_autocast_enabled(qkv.device.type) and qkv.dtype != torch.float64:
-        qkv = qkv.to(torch.get_autocast_dtype(qkv.device.type))
-    return _forward(qkv, bias_table, num_heads, window_h, window_w, shift_h, shift_w, scale)
+    if (autocast := autocast_dtype(qkv.device)) is not None and qkv.dtype != torch.float64:
+        qkv = qkv.to(autocast)
+    return _forward(qkv, bias_table, num_heads, window_h, window_w, shift_h, shift_w, scale, dispatch.choice())
 
 
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
@@ -114,8 +119,10 @@ def _check(qkv: Tensor, bias_table: Tensor, num_heads: int, window: tuple[int, i
 # --- Registration -----------------------------------------------------------------------------------------------------
 
 
-@torch.library.custom_op("fastlocal::window_attention", mutates_args=())
-def _forward(
+_GEOMETRY = "int num_heads, int window_h, int window_w, int shift_h, int shift_w, float scale, str kernels"
+
+
+def _run(
     qkv: Tensor,
     bias_table: Tensor,
     num_heads: int,
@@ -124,32 +131,22 @@ def _forward(
     shift_h: int,
     shift_w: int,
     scale: float,
+    kernels: dispatch.Choice,
 ) -> Tensor:
     window, shift = (window_h, window_w), (shift_h, shift_w)
-    if _implementation(qkv, num_heads) == "triton":
+    if _implementation(qkv, num_heads, kernels) == "triton":
         from fastlocal.kernels import window_attention_triton
 
         return window_attention_triton.forward(qkv, bias_table, num_heads, window, shift, scale)
-    with torch.autocast(qkv.device.type, enabled=False):
+    with without_autocast(qkv.device):
         return _reference(qkv, bias_table, num_heads, window, shift, scale)
 
 
-@_forward.register_fake
-def _(
-    qkv: Tensor,
-    bias_table: Tensor,
-    num_heads: int,
-    window_h: int,
-    window_w: int,
-    shift_h: int,
-    shift_w: int,
-    scale: float,
-) -> Tensor:
+def _fake(qkv: Tensor, bias_table: Tensor, *geometry: object) -> Tensor:
     return qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
 
 
-@torch.library.custom_op("fastlocal::window_attention_backward", mutates_args=())
-def _backward(
+def _run_backward(
     d_out: Tensor,
     qkv: Tensor,
     bias_table: Tensor,
@@ -159,46 +156,47 @@ def _backward(
     shift_h: int,
     shift_w: int,
     scale: float,
+    kernels: dispatch.Choice,
     needs_table: bool,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of qkv and bias_table; the second is empty unless needed."""
     window, shift = (window_h, window_w), (shift_h, shift_w)
-    if _implementation(qkv, num_heads) == "triton":
+    if _implementation(qkv, num_heads, kernels) == "triton":
         from fastlocal.kernels import window_attention_triton
 
         return window_attention_triton.backward(d_out, qkv, bias_table, num_heads, window, shift, scale, needs_table)
-    with torch.autocast(qkv.device.type, enabled=False):
+    with without_autocast(qkv.device):
         return _reference_backward(d_out, qkv, bias_table, num_heads, window, shift, scale, needs_table)
 
 
-@_backward.register_fake
-def _(
-    d_out: Tensor,
-    qkv: Tensor,
-    bias_table: Tensor,
-    num_heads: int,
-    window_h: int,
-    window_w: int,
-    shift_h: int,
-    shift_w: int,
-    scale: float,
-    needs_table: bool,
-) -> tuple[Tensor, Tensor]:
-    return qkv.new_empty(qkv.shape), bias_table.new_empty(bias_table.shape if needs_table else 0)
+def _fake_backward(d_out: Tensor, qkv: Tensor, bias_table: Tensor, *geometry: object) -> tuple[Tensor, Tensor]:
+    return qkv.new_empty(qkv.shape), bias_table.new_empty(bias_table.shape if geometry[-1] else 0)
 
 
-def _setup_context(ctx, inputs: tuple, output: Tensor) -> None:  # type: ignore[no-untyped-def]
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
     qkv, bias_table, *ctx.geometry = inputs
     ctx.save_for_backward(qkv, bias_table)
 
 
-def _autograd(ctx, d_out: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[no-untyped-def]
+def _autograd(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
     needs_qkv, needs_table = ctx.needs_input_grad[:2]
     d_qkv, d_table = _backward(d_out, *ctx.saved_tensors, *ctx.geometry, needs_table)
     return d_qkv if needs_qkv else None, d_table if needs_table else None, *([None] * len(ctx.geometry))
 
 
-_forward.register_autograd(_autograd, setup_context=_setup_context)
+_backward = register(
+    f"window_attention_backward(Tensor d_out, Tensor qkv, Tensor bias_table, {_GEOMETRY}, bool needs_table)"
+    " -> (Tensor, Tensor)",
+    _run_backward,
+    _fake_backward,
+)
+_forward = register(
+    f"window_attention(Tensor qkv, Tensor bias_table, {_GEOMETRY}) -> Tensor",
+    _run,
+    _fake,
+    setup_context=_setup_context,
+    backward=_autograd,
+)
 
 
 # Counted as torch counts scaled_dot_product_attention: two products forward, five backward.
@@ -214,14 +212,14 @@ def _backward_flops(d_out: torch.Size, *args: torch.Size, **_: object) -> int:
     return _forward_flops(*args) * 5 // 2  # type: ignore[arg-type]
 
 
-def _implementation(qkv: Tensor, num_heads: int) -> str:
+def _implementation(qkv: Tensor, num_heads: int, kernels: dispatch.Choice) -> str:
     if qkv.dtype == torch.float64:
         return "reference"
     head_dim = qkv.shape[3] // (3 * num_heads)
     limit = None
     if qkv.dtype == torch.float32 and head_dim > MAXIMUM_HEAD_DIM_FLOAT32 and not dispatch.interpreting():
         limit = f"window_attention's take at most {MAXIMUM_HEAD_DIM_FLOAT32} channels per float32 head, not {head_dim}."
-    return dispatch.implementation(qkv.device, limit)
+    return dispatch.implementation(qkv.device, limit, kernels)
 
 
 # --- Reference --------------------------------------------------------------------------------------------------------
@@ -250,7 +248,7 @@ def _reference_backward(
     d_mixed = _partition(d_out, window, shift, num_heads)
     p = _probabilities(q, k, bias_table, grid, window, shift, scale)
     d_v = p.to(v.dtype).mT @ d_mixed
-    d_p = (d_mixed @ v.mT).to(p.dtype)
+    d_p = _multiply(d_mixed, v.mT)
     d_scores = p * (d_p - (p * d_p).sum(-1, keepdim=True))
     d_bias_table = bias_table.new_empty(0)
     if needs_table:
@@ -268,13 +266,23 @@ def _probabilities(
     shift: tuple[int, int],
     scale: float,
 ) -> Tensor:
-    """[B, windows, heads, tokens, tokens], in float32 at least."""
-    scores = ((q * scale) @ k.mT).to(torch.promote_types(q.dtype, torch.float32))
-    scores += bias_table[_relative_position(window, q.device)].permute(2, 0, 1)
+    """[B, windows, heads, tokens, tokens], in float32 at least; zeros for a query whose biases are all −inf."""
+    scores = _multiply(q, k.mT) * scale
+    bias = bias_table[_relative_position(window, q.device)].permute(2, 0, 1)
+    scores += bias
     if any(shift):
         sides = _sides(grid, window, shift, q.device)
         scores += MASKED * (sides[:, None, :, None] != sides[:, None, None, :])
-    return scores.softmax(-1)
+    return scores.softmax(-1).masked_fill_((bias == -math.inf).all(-1, keepdim=True), 0)
+
+
+def _multiply(left: Tensor, right: Tensor) -> Tensor:
+    """The product in float32 at least: scores of float16 queries and keys may exceed its range."""
+    if left.is_cuda and left.dtype.itemsize == 2:
+        product = torch.bmm(left.flatten(0, -3), right.flatten(0, -3), out_dtype=torch.float32)
+        return product.unflatten(0, left.shape[:-2])
+    dtype = torch.promote_types(left.dtype, torch.float32)
+    return left.to(dtype) @ right.to(dtype)
 
 
 def _partition(x: Tensor, window: tuple[int, int], shift: tuple[int, int], heads: int) -> Tensor:

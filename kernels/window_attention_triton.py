@@ -1,11 +1,14 @@
 """The Triton kernels of `fastlocal.kernels.window_attention`; imported when one is first asked for.
 
 One program owns one head (and, where a window has more than 64 tokens, one tile of its queries) and walks over a slice
-of the windows. It gathers the head's relative position bias once. For each window it loads q, k and v straight from the
-un-partitioned grid, and whole rows of scores live in registers, so nothing but the output is written.
+of the windows. For each window it loads q, k and v straight from the un-partitioned grid; the relative position bias is
+read from the table by computed index; scores live in registers, so nothing but the output is written.
 
 The backward recomputes the probabilities the same way. It also adds up dS over its slice of windows in registers and
 writes that partial sum once: the bias gradient is the ordered sum of the partials, without atomics.
+
+Probabilities are at most 1 by construction, however large the scores: ``exp2((score − largest) · log2 e)`` with the
+difference rounded first and never positive, times ``1 / total ≤ 1``; both are kept, never their logarithm.
 """
 
 from __future__ import annotations
@@ -26,8 +29,9 @@ TABLE_ENTRIES = 16  # per program of `_sum_by_relative_position`
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # the softmax is computed with exp2, which the hardware has
 MASKED = tl.constexpr(-100.0)  # added between tokens that only the shift brought together, as timm does
+LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32: what -inf is compared with, so that no difference is NaN
 
-# --- Pieces. GRID, WINDOW and SHIFT are (height, width) pairs known at compile time: dividing is cheap. ---------
+# --- Pieces. WINDOW and SHIFT are (height, width) pairs known at compile time: dividing is cheap. ---------------
 
 
 @triton.jit
@@ -40,28 +44,30 @@ def _dot(a, b, UPCAST: tl.constexpr):
 
 
 @triton.jit
-def _position(window, GRID: tl.constexpr, WINDOW: tl.constexpr):
+def _position(window, height, width, WINDOW: tl.constexpr):
     """A window's image (in 64 bits: a batch may exceed 2**31 elements), and its place in it, counted in windows."""
-    ACROSS: tl.constexpr = GRID[1] // WINDOW[1]
-    DOWN: tl.constexpr = GRID[0] // WINDOW[0]
     window = tl.cast(window, tl.int32)  # a Python integer where the kernel is interpreted
-    return (window // (DOWN * ACROSS)).to(tl.int64), window // ACROSS % DOWN, window % ACROSS
+    across = width // WINDOW[1]
+    row = window // across
+    down = height // WINDOW[0]
+    return (row // down).to(tl.int64), row % down, window % across
 
 
 @triton.jit
-def _locate(down, across, token, GRID: tl.constexpr, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
+def _locate(down, across, token, height, width, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
     """Where each token of a window lies in its image's grid, before the cyclic shift."""
     row = down * WINDOW[0] + token // WINDOW[1] + SHIFT[0]
     column = across * WINDOW[1] + token % WINDOW[1] + SHIFT[1]
-    return tl.where(row >= GRID[0], row - GRID[0], row) * GRID[1] + tl.where(
-        column >= GRID[1], column - GRID[1], column
-    )
+    return tl.where(row >= height, row - height, row) * width + tl.where(column >= width, column - width, column)
 
 
 @triton.jit
-def _seams(down, across, GRID: tl.constexpr, WINDOW: tl.constexpr):
-    """Which seams of the cyclic shift run through a window: 1 the horizontal one, 2 the vertical one, 3 both."""
-    return (down == GRID[0] // WINDOW[0] - 1).to(tl.int32) + 2 * (across == GRID[1] // WINDOW[1] - 1).to(tl.int32)
+def _mask(scores, down, across, query, key, height, width, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
+    """``scores`` with `MASKED` added between tokens on different sides of the seams that the cyclic shift left."""
+    seams = (down == height // WINDOW[0] - 1).to(tl.int32) + 2 * (across == width // WINDOW[1] - 1).to(tl.int32)
+    if seams != 0:  # 1: the horizontal one runs through this window, 2: the vertical one, 3: both
+        scores += tl.where(_side(seams, query, WINDOW, SHIFT) == _side(seams, key, WINDOW, SHIFT), 0.0, MASKED)
+    return scores
 
 
 @triton.jit
@@ -73,13 +79,19 @@ def _side(seams, token, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
 
 
 @triton.jit
-def _relative_position_bias(bias_table, head, query, key, HEADS: tl.constexpr, WINDOW: tl.constexpr):
-    """The bias between queries and keys (broadcast together) in base-2 units; -inf for keys beyond the window."""
+def _relative_position_bias(bias_table, entry_stride, query, key, WINDOW: tl.constexpr):
+    """One head's bias between queries and keys (broadcast together); -inf for keys beyond the window."""
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
-    entry = (query // WINDOW[1] - key // WINDOW[1] + WINDOW[0] - 1) * (2 * WINDOW[1] - 1)
-    entry += query % WINDOW[1] - key % WINDOW[1] + WINDOW[1] - 1
-    bias = tl.load(bias_table + entry * HEADS + head, mask=(query < TOKENS) & (key < TOKENS), other=0.0)
-    return tl.where(key < TOKENS, bias.to(tl.float32) * LOG2_E, float("-inf"))
+    CENTER: tl.constexpr = (WINDOW[0] - 1) * (2 * WINDOW[1] - 1) + WINDOW[1] - 1  # the entry of a token and itself
+    entry = _table_place(query, WINDOW) - _table_place(key, WINDOW) + CENTER
+    bias = tl.load(bias_table + entry * entry_stride, mask=(query < TOKENS) & (key < TOKENS), other=0.0)
+    return tl.where(key < TOKENS, bias.to(tl.float32), float("-inf"))
+
+
+@triton.jit
+def _table_place(token, WINDOW: tl.constexpr):
+    """Differences of these are distances between entries of the table."""
+    return token // WINDOW[1] * (2 * WINDOW[1] - 1) + token % WINDOW[1]
 
 
 @triton.jit
@@ -100,14 +112,17 @@ def _store(rows, value, location, inside, STRIDE: tl.constexpr, HEAD_DIM: tl.con
 # --- Kernels ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["windows"])
+@triton.jit(do_not_specialize=["windows", "height", "width"])
 def _forward(
     qkv,
     bias_table,
     out,
     windows,
+    height,
+    width,
+    entry_stride,
+    head_stride,
     scale,
-    GRID: tl.constexpr,
     WINDOW: tl.constexpr,
     SHIFT: tl.constexpr,
     HEADS: tl.constexpr,
@@ -117,50 +132,64 @@ def _forward(
     BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """out, for one tile of BLOCK_M queries and all keys of each window."""
+    """out, for one tile of BLOCK_M queries of each window: an online softmax over tiles of BLOCK_N keys.
+
+    Where one tile holds all keys, the bias is the same for every window and read once.
+    """
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM
-    AREA: tl.constexpr = GRID[0] * GRID[1]
     head = tl.program_id(0)
+    table = bias_table + head * head_stride
     query = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
-    key = tl.arange(0, BLOCK_N)
-    bias = _relative_position_bias(bias_table, head, query[:, None], key[None, :], HEADS, WINDOW)
+    bias = _relative_position_bias(table, entry_stride, query[:, None], tl.arange(0, BLOCK_N)[None, :], WINDOW)
 
     for window in range(tl.program_id(1), windows, tl.num_programs(1)):
-        image, down, across = _position(window, GRID, WINDOW)
-        q_at = _locate(down, across, query, GRID, WINDOW, SHIFT)
-        k_at = _locate(down, across, key, GRID, WINDOW, SHIFT)
-        source = qkv + image * (AREA * 3 * CHANNELS) + head * HEAD_DIM
+        image, down, across = _position(window, height, width, WINDOW)
+        q_at = _locate(down, across, query, height, width, WINDOW, SHIFT)
+        source = qkv + image * (height * width * 3 * CHANNELS) + head * HEAD_DIM
         q = _load(source, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
-        k = _load(source + CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
-        v = _load(source + 2 * CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        largest = tl.full((BLOCK_M,), LOWEST, tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        mixed = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
 
-        scores = _dot(q, tl.trans(k), UPCAST) * (scale * LOG2_E) + bias
-        if SHIFT[0] + SHIFT[1] > 0:
-            seams = _seams(down, across, GRID, WINDOW)
-            if seams != 0:
-                q_side = _side(seams, query, WINDOW, SHIFT)
-                k_side = _side(seams, key, WINDOW, SHIFT)
-                scores += tl.where(q_side[:, None] == k_side[None, :], 0.0, MASKED * LOG2_E)
-        p = tl.exp2(scores - tl.max(scores, 1)[:, None])
-        mixed = _dot(p.to(v.dtype), v, UPCAST) / tl.sum(p, 1)[:, None]
+        for start in range(0, TOKENS, BLOCK_N):
+            key = start + tl.arange(0, BLOCK_N)
+            k_at = _locate(down, across, key, height, width, WINDOW, SHIFT)
+            k = _load(source + CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+            v = _load(source + 2 * CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+            if BLOCK_N < TOKENS:
+                bias = _relative_position_bias(table, entry_stride, query[:, None], key[None, :], WINDOW)
+            scores = _dot(q, tl.trans(k), UPCAST) * scale + bias
+            if SHIFT[0] + SHIFT[1] > 0:
+                scores = _mask(scores, down, across, query[:, None], key[None, :], height, width, WINDOW, SHIFT)
+            larger = tl.maximum(largest, tl.max(scores, 1))
+            p = tl.exp2((scores - larger[:, None]) * LOG2_E)
+            rescale = tl.exp2((largest - larger) * LOG2_E)
+            total = total * rescale + tl.sum(p, 1)
+            mixed = mixed * rescale[:, None] + _dot(p.to(v.dtype), v, UPCAST)
+            largest = larger
 
-        target = out + image * (AREA * CHANNELS) + head * HEAD_DIM
+        mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]  # 0 where all scores are -inf
+        target = out + image * (height * width * CHANNELS) + head * HEAD_DIM
         _store(target, mixed, q_at, query < TOKENS, CHANNELS, HEAD_DIM, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["windows"])
+@triton.jit(do_not_specialize=["windows", "height", "width"])
 def _backward(
     d_out,
     qkv,
     bias_table,
     d_qkv,
     d_bias,
-    row_lse,
+    row_largest,
+    row_inverse,
     row_delta,
     windows,
+    height,
+    width,
+    entry_stride,
+    head_stride,
     scale,
-    GRID: tl.constexpr,
     WINDOW: tl.constexpr,
     SHIFT: tl.constexpr,
     HEADS: tl.constexpr,
@@ -172,39 +201,36 @@ def _backward(
     UPCAST: tl.constexpr,
 ):
     """d_q and this program's share of d_bias. Where one tile holds all queries also d_k and d_v; elsewhere each row's
-    log-sum-exp and delta, from which `_backward_keys` makes those."""
+    largest score, 1 / total and delta, from which `_backward_keys` makes those."""
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM
-    AREA: tl.constexpr = GRID[0] * GRID[1]
     head = tl.program_id(0)
     query = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     key = tl.arange(0, BLOCK_N)
-    bias = _relative_position_bias(bias_table, head, query[:, None], key[None, :], HEADS, WINDOW)
+    table = bias_table + head * head_stride
+    bias = _relative_position_bias(table, entry_stride, query[:, None], key[None, :], WINDOW)
     if BIAS_GRADIENT:
         d_bias_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
 
     for window in range(tl.program_id(1), windows, tl.num_programs(1)):
-        image, down, across = _position(window, GRID, WINDOW)
-        q_at = _locate(down, across, query, GRID, WINDOW, SHIFT)
-        k_at = _locate(down, across, key, GRID, WINDOW, SHIFT)
-        source = qkv + image * (AREA * 3 * CHANNELS) + head * HEAD_DIM
-        target = d_qkv + image * (AREA * 3 * CHANNELS) + head * HEAD_DIM
-        d_rows = d_out + image * (AREA * CHANNELS) + head * HEAD_DIM
+        image, down, across = _position(window, height, width, WINDOW)
+        q_at = _locate(down, across, query, height, width, WINDOW, SHIFT)
+        k_at = _locate(down, across, key, height, width, WINDOW, SHIFT)
+        source = qkv + image * (height * width * 3 * CHANNELS) + head * HEAD_DIM
+        target = d_qkv + image * (height * width * 3 * CHANNELS) + head * HEAD_DIM
+        d_rows = d_out + image * (height * width * CHANNELS) + head * HEAD_DIM
         q = _load(source, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
         k = _load(source + CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
         d_mixed = _load(d_rows, q_at, query < TOKENS, CHANNELS, HEAD_DIM, BLOCK_D)
 
-        scores = _dot(q, tl.trans(k), UPCAST) * (scale * LOG2_E) + bias
+        scores = _dot(q, tl.trans(k), UPCAST) * scale + bias
         if SHIFT[0] + SHIFT[1] > 0:
-            seams = _seams(down, across, GRID, WINDOW)
-            if seams != 0:
-                q_side = _side(seams, query, WINDOW, SHIFT)
-                k_side = _side(seams, key, WINDOW, SHIFT)
-                scores += tl.where(q_side[:, None] == k_side[None, :], 0.0, MASKED * LOG2_E)
-        largest = tl.max(scores, 1)
-        p = tl.exp2(scores - largest[:, None])
+            scores = _mask(scores, down, across, query[:, None], key[None, :], height, width, WINDOW, SHIFT)
+        largest = tl.maximum(tl.max(scores, 1), LOWEST)
+        p = tl.exp2((scores - largest[:, None]) * LOG2_E)
         total = tl.sum(p, 1)
-        p *= (1.0 / total)[:, None]
+        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)  # 0 where all scores are -inf
+        p *= inverse[:, None]
 
         # Each product is stored before the next begins, and v is loaded late: registers are what this kernel lacks.
         if BLOCK_M >= TOKENS:
@@ -224,7 +250,8 @@ def _backward(
             _store(target + CHANNELS, d_k, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
         else:
             row = (tl.cast(window, tl.int64) * HEADS + head) * TOKENS + query
-            tl.store(row_lse + row, largest + tl.log2(total), mask=query < TOKENS)
+            tl.store(row_largest + row, largest, mask=query < TOKENS)
+            tl.store(row_inverse + row, inverse, mask=query < TOKENS)
             tl.store(row_delta + row, delta, mask=query < TOKENS)
 
     if BIAS_GRADIENT:
@@ -233,17 +260,21 @@ def _backward(
         tl.store(partial + query[:, None] * BLOCK_N + key[None, :], d_bias_sum, mask=(query < TOKENS)[:, None])
 
 
-@triton.jit(do_not_specialize=["windows"])
+@triton.jit(do_not_specialize=["windows", "height", "width"])
 def _backward_keys(
     d_out,
     qkv,
     bias_table,
     d_qkv,
-    row_lse,
+    row_largest,
+    row_inverse,
     row_delta,
     windows,
+    height,
+    width,
+    entry_stride,
+    head_stride,
     scale,
-    GRID: tl.constexpr,
     WINDOW: tl.constexpr,
     SHIFT: tl.constexpr,
     HEADS: tl.constexpr,
@@ -256,16 +287,16 @@ def _backward_keys(
     """d_k and d_v of one tile of BLOCK_N keys, where the queries of a window need several tiles of BLOCK_M."""
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM
-    AREA: tl.constexpr = GRID[0] * GRID[1]
     head = tl.program_id(0)
+    table = bias_table + head * head_stride
     key = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
 
     for window in range(tl.program_id(1), windows, tl.num_programs(1)):
-        image, down, across = _position(window, GRID, WINDOW)
-        k_at = _locate(down, across, key, GRID, WINDOW, SHIFT)
-        source = qkv + image * (AREA * 3 * CHANNELS) + head * HEAD_DIM
-        target = d_qkv + image * (AREA * 3 * CHANNELS) + head * HEAD_DIM
-        d_rows = d_out + image * (AREA * CHANNELS) + head * HEAD_DIM
+        image, down, across = _position(window, height, width, WINDOW)
+        k_at = _locate(down, across, key, height, width, WINDOW, SHIFT)
+        source = qkv + image * (height * width * 3 * CHANNELS) + head * HEAD_DIM
+        target = d_qkv + image * (height * width * 3 * CHANNELS) + head * HEAD_DIM
+        d_rows = d_out + image * (height * width * CHANNELS) + head * HEAD_DIM
         k = _load(source + CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
         v = _load(source + 2 * CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
         d_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -273,22 +304,21 @@ def _backward_keys(
 
         for start in range(0, TOKENS, BLOCK_M):
             query = start + tl.arange(0, BLOCK_M)
-            q_at = _locate(down, across, query, GRID, WINDOW, SHIFT)
+            q_at = _locate(down, across, query, height, width, WINDOW, SHIFT)
             q = _load(source, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
             d_mixed = _load(d_rows, q_at, query < TOKENS, CHANNELS, HEAD_DIM, BLOCK_D)
             row = (tl.cast(window, tl.int64) * HEADS + head) * TOKENS + query
-            lse = tl.load(row_lse + row, mask=query < TOKENS, other=0.0)
+            largest = tl.load(row_largest + row, mask=query < TOKENS, other=0.0)
+            inverse = tl.load(row_inverse + row, mask=query < TOKENS, other=0.0)
             delta = tl.load(row_delta + row, mask=query < TOKENS, other=0.0)
 
-            scores = _dot(k, tl.trans(q), UPCAST) * (scale * LOG2_E)  # transposed: [keys, queries]
-            scores += _relative_position_bias(bias_table, head, query[None, :], key[:, None], HEADS, WINDOW)
+            scores = _dot(k, tl.trans(q), UPCAST) * scale  # transposed: [keys, queries]
+            scores += _relative_position_bias(table, entry_stride, query[None, :], key[:, None], WINDOW)
             if SHIFT[0] + SHIFT[1] > 0:
-                seams = _seams(down, across, GRID, WINDOW)
-                if seams != 0:
-                    q_side = _side(seams, query, WINDOW, SHIFT)
-                    k_side = _side(seams, key, WINDOW, SHIFT)
-                    scores += tl.where(k_side[:, None] == q_side[None, :], 0.0, MASKED * LOG2_E)
-            p = tl.exp2(scores - lse[None, :])
+                scores = _mask(scores, down, across, query[None, :], key[:, None], height, width, WINDOW, SHIFT)
+            # The transposed product may round otherwise, so a score may exceed its row's largest; NaN stays NaN.
+            below = tl.minimum(scores - largest[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL)
+            p = tl.exp2(below * LOG2_E) * inverse[None, :]
             d_v += _dot(p.to(q.dtype), d_mixed, UPCAST)
             d_p = _dot(v, tl.trans(d_mixed), UPCAST)
             d_scores = p * (d_p - delta[None, :])
@@ -358,11 +388,9 @@ def _blocks(kernel: Any, tokens: int, head_dim: int, dtype: torch.dtype) -> _Blo
 
 
 def _constants(
-    qkv: Tensor, num_heads: int, window: tuple[int, int], shift: tuple[int, int], blocks: _Blocks
+    num_heads: int, head_dim: int, window: tuple[int, int], shift: tuple[int, int], blocks: _Blocks
 ) -> dict[str, Any]:
-    head_dim = qkv.shape[3] // (3 * num_heads)
     return {
-        "GRID": tuple(qkv.shape[1:3]),
         "WINDOW": window,
         "SHIFT": shift,
         "HEADS": num_heads,
@@ -386,18 +414,25 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def _table(bias_table: Tensor, tiled: bool) -> Tensor:
+    """[heads, entries]; each head's entries together where they are read for every window and tile."""
+    return bias_table.t().contiguous() if tiled else bias_table.t()
+
+
 def forward(
     qkv: Tensor, bias_table: Tensor, num_heads: int, window: tuple[int, int], shift: tuple[int, int], scale: float
 ) -> Tensor:
     batch, height, width, channels = qkv.shape
-    tokens = window[0] * window[1]
+    tokens, head_dim = window[0] * window[1], channels // (3 * num_heads)
     windows = batch * height * width // tokens
-    blocks = _blocks(_forward, tokens, channels // (3 * num_heads), qkv.dtype)
+    blocks = _blocks(_forward, tokens, head_dim, qkv.dtype)
     tiles = triton.cdiv(tokens, blocks.queries)
+    table = _table(bias_table, tiled=blocks.keys < tokens)
     out = torch.empty((batch, height, width, channels // 3), dtype=qkv.dtype, device=qkv.device)
     _forward[(num_heads, _slices(qkv.device, windows, num_heads, tiles, blocks.resident), tiles)](
-        qkv.contiguous(), bias_table.contiguous(), out, windows, scale,
-        **_constants(qkv, num_heads, window, shift, blocks), num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        qkv.contiguous(), table, out, windows, height, width, table.stride(1), table.stride(0), scale,
+        **_constants(num_heads, head_dim, window, shift, blocks),
+        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
     return out
 
@@ -408,61 +443,54 @@ def backward(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of qkv and, if needed, of bias_table; else that one is empty."""
     batch, height, width, channels = qkv.shape
-    tokens = window[0] * window[1]
+    tokens, head_dim = window[0] * window[1], channels // (3 * num_heads)
     windows = batch * height * width // tokens
-    head_dim = channels // (3 * num_heads)
     blocks = _blocks(_backward, tokens, head_dim, qkv.dtype)
     tiles = triton.cdiv(tokens, blocks.queries)
     slices = _slices(qkv.device, windows, num_heads, tiles, blocks.resident)
 
-    d_out, qkv, bias_table = d_out.contiguous(), qkv.contiguous(), bias_table.contiguous()
+    d_out, qkv, table = d_out.contiguous(), qkv.contiguous(), _table(bias_table, tiled=tiles > 1)
+    geometry = windows, height, width, table.stride(1), table.stride(0), scale
     d_qkv = torch.empty_like(qkv)
-    d_table = bias_table.new_empty(bias_table.shape if needs_table else 0)
+    d_table = torch.empty(bias_table.shape if needs_table else 0, dtype=bias_table.dtype, device=bias_table.device)
     # Outside their cases d_bias and rows stand for nothing, but a launch needs pointers.
     d_bias = qkv.new_empty((slices if needs_table else 0, num_heads, tokens, blocks.keys), dtype=torch.float32)
-    rows = qkv.new_empty((2, windows if tiles > 1 else 0, num_heads, tokens), dtype=torch.float32)
+    rows = qkv.new_empty((3, windows if tiles > 1 else 0, num_heads, tokens), dtype=torch.float32)
 
     _backward[(num_heads, slices, tiles)](
-        d_out, qkv, bias_table, d_qkv, d_bias, rows[0], rows[1], windows, scale, BIAS_GRADIENT=needs_table,
-        **_constants(qkv, num_heads, window, shift, blocks), num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        d_out, qkv, table, d_qkv, d_bias, *rows, *geometry, BIAS_GRADIENT=needs_table,
+        **_constants(num_heads, head_dim, window, shift, blocks),
+        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
     if tiles > 1:
-        key_blocks = _blocks(_backward_keys, tokens, head_dim, qkv.dtype)
-        key_tiles = triton.cdiv(tokens, key_blocks.keys)
-        _backward_keys[
-            (num_heads, _slices(qkv.device, windows, num_heads, key_tiles, key_blocks.resident), key_tiles)
-        ](
-            d_out, qkv, bias_table, d_qkv, rows[0], rows[1], windows, scale,
-            **_constants(qkv, num_heads, window, shift, key_blocks),
-            num_warps=key_blocks.num_warps, num_stages=key_blocks.num_stages,
+        blocks_of_keys = _blocks(_backward_keys, tokens, head_dim, qkv.dtype)
+        tiles = triton.cdiv(tokens, blocks_of_keys.keys)
+        _backward_keys[(num_heads, _slices(qkv.device, windows, num_heads, tiles, blocks_of_keys.resident), tiles)](
+            d_out, qkv, table, d_qkv, *rows, *geometry,
+            **_constants(num_heads, head_dim, window, shift, blocks_of_keys),
+            num_warps=blocks_of_keys.num_warps, num_stages=blocks_of_keys.num_stages,
         )  # fmt: skip
     if needs_table:
         _sum_by_relative_position[(num_heads, triton.cdiv(len(bias_table), TABLE_ENTRIES))](
-            d_bias.sum(0),
-            d_table,
-            WINDOW=window,
-            HEADS=num_heads,
-            BLOCK_ENTRIES=TABLE_ENTRIES,
-            BLOCK_N=blocks.keys,
-            num_warps=4,
-            num_stages=1,
-        )
+            d_bias.sum(0), d_table,
+            WINDOW=window, HEADS=num_heads, BLOCK_ENTRIES=TABLE_ENTRIES, BLOCK_N=blocks.keys, num_warps=4, num_stages=1,
+        )  # fmt: skip
     return d_qkv, d_table
 
 
 # --- What ships -------------------------------------------------------------------------------------------------------
 
 _SWIN_TINY = [
-    # grid, window, shift, heads, head dimension
-    ((56, 56), 7, 0, 3, 32),
-    ((56, 56), 7, 3, 3, 32),
-    ((28, 28), 7, 3, 6, 32),
-    ((14, 14), 7, 3, 12, 32),
-    ((7, 7), 7, 0, 24, 32),
+    # window, shift, heads, head dimension
+    (7, 0, 3, 32),
+    (7, 3, 3, 32),
+    (7, 3, 6, 32),
+    (7, 3, 12, 32),
+    (7, 0, 24, 32),
 ]
-_OTHERS = [((4 * window, 4 * window), window, window // 2, 4, 32) for window in (4, 6, 8, 12, 16)]
-_OTHERS += [((28, 28), 7, 3, 4, head_dim) for head_dim in (16, 64, 128)]
-_OTHERS += [((48, 48), 12, 6, 4, head_dim) for head_dim in (64, 128)]
+_OTHERS = [(window, window // 2, 4, 32) for window in (4, 6, 8, 12, 16)]
+_OTHERS += [(7, 3, 4, head_dim) for head_dim in (16, 64, 128)]
+_OTHERS += [(12, 6, 4, head_dim) for head_dim in (64, 128)]
 
 
 def compile_cases() -> list[CompileCase]:
@@ -470,23 +498,25 @@ def compile_cases() -> list[CompileCase]:
     pointers = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
     cases = []
     for dtype, pointer in pointers.items():
-        for grid, window, shift, heads, head_dim in _SWIN_TINY + (_OTHERS if dtype.itemsize == 2 else []):
+        for window, shift, heads, head_dim in _SWIN_TINY + (_OTHERS if dtype.itemsize == 2 else []):
             tokens = window * window
             tiled = _blocks(_backward, tokens, head_dim, dtype).queries < tokens
             for kernel in (_forward, _backward, _backward_keys) if tiled else (_forward, _backward):
                 blocks = _blocks(kernel, tokens, head_dim, dtype)
-                qkv = torch.empty((1, *grid, 3 * heads * head_dim), dtype=dtype, device="meta")
-                constants = _constants(qkv, heads, (window, window), (shift, shift), blocks)
+                constants = _constants(heads, head_dim, (window, window), (shift, shift), blocks)
                 constants |= {"UPCAST": False}
                 if kernel is _backward:
                     constants |= {"BIAS_GRADIENT": True}
+                if (kernel is not _forward and tiled) or blocks.keys < tokens:
+                    constants |= {"entry_stride": 1}
                 signature = {name: "*fp32" for name in kernel.arg_names if name not in constants}
                 signature |= {name: pointer for name in ("qkv", "out", "d_out", "d_qkv") if name in signature}
-                signature |= {"windows": "i32", "scale": "fp32"}
+                integers = ("windows", "height", "width", "entry_stride", "head_stride")
+                signature |= {name: "i32" for name in integers if name in signature} | {"scale": "fp32"}
                 cases.append(
                     CompileCase(
-                        name=f"window_attention {kernel.__name__.strip('_')}, grid {grid[0]}, window {window}, "
-                        f"shift {shift}, {heads} heads of {head_dim}, {str(dtype).removeprefix('torch.')}",
+                        name=f"window_attention {kernel.__name__.strip('_')}, window {window}, shift {shift}, "
+                        f"{heads} heads of {head_dim}, {str(dtype).removeprefix('torch.')}",
                         kernel=kernel,
                         signature=signature,
                         constexprs=constants,

@@ -320,7 +320,7 @@ def test_a_fused_op_counts_the_scratch_memory_it_documents(dry: bool) -> None:
 
 def test_what_the_fused_op_documents_covers_what_its_reference_takes() -> None:
     """Its bodies, run in view of the meter."""
-    forward, backward = reconstruction_loss_module._forward._init_fn, reconstruction_loss_module._backward._init_fn
+    forward, backward = reconstruction_loss_module._run, reconstruction_loss_module._run_backward
     for shape, outputs, upsample in (((4, 14, 14, 96), 192, 2), ((2, 196, 1, 384), 768, 1), ((8, 56, 56, 96), 768, 4)):
         hidden = torch.randn(shape, dtype=torch.bfloat16)
         weight, bias = torch.randn(outputs, shape[-1]), torch.randn(outputs)
@@ -331,10 +331,10 @@ def test_what_the_fused_op_documents_covers_what_its_reference_takes() -> None:
         for kind in ("mse", "l1", "smooth_l1"):
             for normalize in (False, True):
                 with torch.no_grad(), Meter(*given) as meter:
-                    loss = forward(*given, upsample, kind, normalize)
+                    loss = forward(*given, upsample, kind, normalize, "reference")
                 used = [meter.peak - meter.live]
                 with torch.no_grad(), Meter(*given, loss) as meter:
-                    results = backward(loss, *given, upsample, kind, normalize, [True] * 3)
+                    results = backward(loss, *given, upsample, kind, normalize, "reference", [True] * 3)
                 used.append(meter.peak - meter.live)
                 assert max(used) <= documented, (shape, kind, normalize, used)
                 assert results[0].shape == hidden.shape

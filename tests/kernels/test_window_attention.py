@@ -225,6 +225,87 @@ def test_slices_of_windows_add_up(monkeypatch: pytest.MonkeyPatch, relative_erro
     assert relative_error(found[0], found[1]) < 1e-6
 
 
+# --- Extreme rows -----------------------------------------------------------------------------------------------------
+
+EXTREMES = {
+    "-inf": -math.inf,
+    "-1e4": -1e4,
+    "-1e9": -1e9,
+    "finfo.min": torch.finfo(torch.float32).min,
+    "5e8": 5e8,
+}
+SMALL = Geometry(1, (4, 8), 1, 16, (4, 4), (0, 0))
+TILED = Geometry(1, (12, 12), 1, 16, (12, 12), (0, 0))
+
+
+def sdpa_window_attention(
+    qkv: Tensor, bias_table: Tensor, *, num_heads: int, window_size: tuple[int, int], shift: tuple[int, int]
+) -> Tensor:
+    """PyTorch's own attention on the windows of an unshifted grid."""
+    _, height, width, channels = qkv.shape
+    windows = window_partition(qkv, window_size).view(
+        -1, math.prod(window_size), 3, num_heads, channels // 3 // num_heads
+    )
+    q, k, v = windows.permute(2, 0, 3, 1, 4).unbind(0)
+    bias = bias_table[get_relative_position_index(*window_size)].permute(2, 0, 1)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, bias.expand(q.shape[0], -1, -1, -1))
+    return window_reverse(out.transpose(1, 2).reshape(-1, *window_size, channels // 3), window_size, height, width)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("entries", ["one", "some", "all"])
+@pytest.mark.parametrize("extreme", EXTREMES)
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+def test_extreme_biases(kernels: Any, extreme: str, entries: str, dtype: torch.dtype, relative_error: ErrorOf) -> None:
+    """Equal huge scores weigh the same, whatever their size; against SDPA in float64."""
+    geometry = TILED if entries == "all" and dtype == torch.float16 else SMALL
+    qkv, table, d_out = geometry.tensors(dtype)
+    if entries != "one":
+        qkv[..., : 2 * qkv.shape[3] // 3] = 0  # scores that are equal in every precision but for the bias
+    table[{"one": slice(3, 4), "some": slice(None, None, 2), "all": slice(None)}[entries]] = EXTREMES[extreme]
+    expected = run(sdpa_window_attention, qkv.double(), table.double(), d_out.double(), **geometry.options)
+    ours = run(window_attention, qkv, table, d_out, kernels=kernels, **geometry.options)
+    for name, mine, exact in zip(("out", "d_qkv", "d_table"), ours, expected, strict=True):
+        assert mine.isfinite().all(), name
+        if exact.norm() < 1e-12:
+            assert mine.abs().max() < 1e-3, name
+        else:
+            assert relative_error(mine, exact) < 4 * torch.finfo(dtype).eps, name
+
+
+@pytest.mark.parametrize("geometry", [SMALL, TILED], ids=["rows", "tiles"])
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float16, 2.0**13), (torch.float32, 2.0**13), (torch.float32, 2.0**30)]
+)
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+def test_huge_scores(kernels: Any, dtype: torch.dtype, size: float, geometry: Geometry) -> None:
+    """Many equal largest scores, exact in float32: probabilities stay at most 1, so |d_v| ≤ sum |d_out|."""
+    qkv, table, d_out = geometry.tensors(dtype)
+    qkv[..., : 2 * geometry.head_dim] = size * qkv[..., : 2 * geometry.head_dim].sign()
+    out, d_qkv, d_table = run(window_attention, qkv, table, d_out, kernels=kernels, **geometry.options)
+    values = qkv[..., 2 * geometry.head_dim :]
+    assert all(tensor.isfinite().all() for tensor in (out, d_table))
+    assert out.abs().max() <= values.abs().max()
+    windows = window_partition(d_out.double(), geometry.window).flatten(1, 2)
+    limit = windows.abs().sum(1).max() * (1 + 4 * torch.finfo(dtype).eps)
+    d_v = window_partition(d_qkv[..., 2 * geometry.head_dim :].double(), geometry.window).flatten(1, 2)
+    assert d_v.abs().max() <= limit
+    # Each query's probabilities add up to 1: so do its shares of every gradient.
+    torch.testing.assert_close(d_v.sum(1), windows.sum(1), atol=64 * torch.finfo(dtype).eps * limit.item(), rtol=0)
+
+
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+@pytest.mark.parametrize("geometry", [SMALL, TILED], ids=["rows", "tiles"])
+def test_nan_is_not_hidden(kernels: Any, geometry: Geometry) -> None:
+    qkv, table, d_out = geometry.tensors()
+    qkv[0, 0, 0, geometry.head_dim] = math.nan  # one key
+    results = run(window_attention, qkv, table, d_out, kernels=kernels, **geometry.options)
+    window = (slice(0, 1), slice(0, geometry.window[0]), slice(0, geometry.window[1]))
+    assert results[0][window].isnan().all()
+    assert results[1][window].isnan().all(-1).all()
+    assert results[2].isnan().any()
+
+
 # --- As a citizen of PyTorch ------------------------------------------------------------------------------------------
 
 
@@ -319,7 +400,7 @@ def test_opcheck(kernels: Any) -> None:
     qkv, table, d_out = geometry.tensors()
     forward = torch.ops.fastlocal.window_attention.default
     backward = torch.ops.fastlocal.window_attention_backward.default
-    arguments = (1, 2, 2, 1, 1, 0.5)
+    arguments = (1, 2, 2, 1, 1, 0.5, kernels)
     with use_kernels(kernels):
         torch.library.opcheck(forward, (qkv.clone().requires_grad_(), table.clone().requires_grad_(), *arguments))
         for needs_table in (True, False):
@@ -393,6 +474,10 @@ def test_flops_are_counted_as_for_sdpa() -> None:
         ({"window_size": 17}, r"window_size must have 1 to 256 tokens, got 17 × 17"),
         ({"window_size": (4, 4, 4)}, r"window_size must be an integer or a pair of them, got \(4, 4, 4\)"),
         ({"window_size": (4.0, 4.0)}, r"window_size must be an integer or a pair of them, got \(4\.0, 4\.0\)"),
+        (
+            {"scale": torch.ones((), requires_grad=True)},
+            r"scale must be a number, which gets no gradient, got a tensor",
+        ),
         ({"shift": 4}, r"shift must be from 0 to less than window_size = \(4, 4\), got \(4, 4\)"),
         ({"shift": (0, -1)}, r"shift must be from 0 .* got \(0, -1\)"),
         ({"bias_table": torch.zeros(48, 2)}, r"bias_table must be .* = \[49, 2\], got \[48, 2\]"),

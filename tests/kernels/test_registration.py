@@ -1,0 +1,209 @@
+"""Every fused op as a citizen of PyTorch: transforms, devices, and one implementation for forward and backward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacrev, jvp, vmap
+
+from fastlocal.kernels import dispatch, reconstruction_loss, registration, use_kernels, window_attention
+
+
+class Case(NamedTuple):
+    function: Callable[..., Tensor]
+    inputs: tuple[Tensor, ...]  # that get gradients
+
+
+def _cases() -> dict[str, Case]:
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    target = randn(1, 4, 4, 2)
+    return {
+        "window_attention": Case(
+            lambda qkv, table: window_attention(qkv, table, num_heads=1, window_size=2, shift=1),
+            (randn(1, 4, 4, 12), randn(9, 1)),
+        ),
+        "reconstruction_loss": Case(
+            lambda hidden, weight: reconstruction_loss(
+                hidden, weight, None, target, upsample=2, kind="smooth_l1", reduction="sample"
+            ),
+            (randn(1, 2, 2, 3), randn(8, 3)),
+        ),
+    }
+
+
+CASES = _cases()
+
+
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> Case:
+    return CASES[request.param]
+
+
+def _eager_gradients(function: Callable[..., Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    return torch.autograd.grad(function(*leaves).square().sum(), leaves)
+
+
+# --- torch.func -------------------------------------------------------------------------------------------------------
+
+
+def test_grad_and_jacrev(case: Case) -> None:
+    expected = _eager_gradients(*case)
+    arguments = tuple(range(len(case.inputs)))
+    found = grad(lambda *inputs: case.function(*inputs).square().sum(), arguments)(*case.inputs)
+    torch.testing.assert_close(found, expected)
+    out = case.function(*case.inputs)
+    jacobians = jacrev(case.function, arguments)(*case.inputs)
+    for jacobian, exact in zip(jacobians, expected, strict=True):
+        torch.testing.assert_close(torch.tensordot(2 * out, jacobian, out.ndim), exact)
+
+
+def test_vmap_over_any_input_and_its_gradients(case: Case) -> None:
+    for mapped in range(len(case.inputs)):
+        stacked = [
+            tensor if i != mapped else torch.stack([tensor, 2 * tensor], 1) for i, tensor in enumerate(case.inputs)
+        ]
+        in_dims = tuple(1 if i == mapped else None for i in range(len(case.inputs)))
+
+        def gradients(*inputs: Tensor) -> tuple[Tensor, ...]:
+            return grad(lambda *inputs: case.function(*inputs).square().sum(), tuple(range(len(inputs))))(*inputs)
+
+        out, found = vmap(case.function, in_dims)(*stacked), vmap(gradients, in_dims)(*stacked)
+        for i in range(2):
+            inputs = tuple(tensor if j != mapped else (i + 1) * tensor for j, tensor in enumerate(case.inputs))
+            torch.testing.assert_close(out[i], case.function(*inputs))
+            torch.testing.assert_close(tuple(tensor[i] for tensor in found), _eager_gradients(case.function, inputs))
+
+
+def test_forward_mode_is_refused(case: Case) -> None:
+    sentence = r"has no forward-mode derivative .*: use reverse mode"
+    with pytest.raises(NotImplementedError, match=sentence):
+        jvp(case.function, case.inputs, case.inputs)
+    with torch.no_grad(), pytest.raises(NotImplementedError, match=sentence):
+        jvp(case.function, case.inputs, case.inputs)
+    first, *rest = case.inputs
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match=sentence):
+        case.function(forward_ad.make_dual(first, first), *rest)
+    with pytest.raises(NotImplementedError, match=sentence):
+        hessian(lambda x: case.function(x, *case.inputs[1:]).square().sum())(case.inputs[0])
+
+
+def test_second_derivatives_are_refused(case: Case) -> None:
+    def loss(x: Tensor) -> Tensor:
+        return case.function(x, *case.inputs[1:]).square().sum()
+
+    with pytest.raises(RuntimeError, match=r"backward cannot be differentiated: .* first derivatives only"):
+        grad(lambda x: grad(loss)(x).sum())(case.inputs[0])
+    x = case.inputs[0].clone().requires_grad_()
+    (first,) = torch.autograd.grad(loss(x), x, create_graph=True)
+    with pytest.raises(RuntimeError, match=r"backward cannot be differentiated: .* first derivatives only"):
+        first.sum().backward()
+
+
+def test_direct_calls_of_the_op_have_gradients_too() -> None:
+    """torch.ops.fastlocal is what torch.compile sees."""
+    qkv, table = (tensor.clone().requires_grad_() for tensor in CASES["window_attention"].inputs)
+    geometry = (1, 2, 2, 1, 1, 4**-0.5, "auto")
+    out = torch.ops.fastlocal.window_attention(qkv, table, *geometry)
+    found = torch.autograd.grad(out.square().sum(), (qkv, table))
+    torch.testing.assert_close(found, _eager_gradients(*CASES["window_attention"]))
+
+
+# --- Devices ----------------------------------------------------------------------------------------------------------
+
+
+def test_meta_tensors(case: Case) -> None:
+    inputs = [tensor.to("meta").requires_grad_() for tensor in case.inputs]
+    function = case.function
+    if case is CASES["reconstruction_loss"]:
+        target = torch.empty(1, 4, 4, 2, device="meta")
+
+        def function(hidden: Tensor, weight: Tensor) -> Tensor:
+            return reconstruction_loss(hidden, weight, None, target, upsample=2, reduction="sample")
+
+    out = function(*inputs)
+    assert out.device.type == "meta"
+    assert out.shape == case.function(*case.inputs).shape
+    out.sum().backward()
+    assert [tensor.grad is not None and tensor.grad.shape == tensor.shape for tensor in inputs] == [True] * len(inputs)
+
+
+def test_every_launch_is_on_its_tensors_device(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device. The guard sees the tensors' device around every launch, both directions."""
+    from triton.runtime.interpreter import GridExecutor
+
+    guarded: list[torch.device] = []
+    launches: list[bool] = []
+    device_of, launch = registration.device_of, GridExecutor.__call__
+
+    @contextmanager
+    def recorded(tensor: Tensor) -> Iterator[None]:
+        guarded.append(tensor.device)
+        with device_of(tensor):
+            yield
+        guarded.pop()
+
+    def recorded_launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        launches.append(guarded[-1:] == [case.inputs[0].device])
+        return launch(self, *args, **kwargs)
+
+    monkeypatch.setattr(registration, "device_of", recorded)
+    monkeypatch.setattr(GridExecutor, "__call__", recorded_launch)
+    with use_kernels("triton"):
+        _eager_gradients(*case)
+    assert len(launches) >= 2
+    assert all(launches)
+
+
+def test_the_guard_switches_to_a_cards_index_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    current = [0]
+    switches: list[int] = []
+
+    def exchange(index: int) -> int:
+        switches.append(index)
+        previous, current[0] = current[0], index
+        return previous
+
+    monkeypatch.setattr(torch._C, "_accelerator_exchangeDevice", exchange)
+    monkeypatch.setattr(torch._C, "_accelerator_maybeExchangeDevice", exchange)
+
+    class OnSecondCard:
+        device = torch.device("cuda", 1)
+
+    with registration.device_of(OnSecondCard()):  # type: ignore[arg-type]
+        assert current == [1]
+    assert switches == [1, 0]
+    with registration.device_of(torch.empty(1)), registration.device_of(torch.empty(1, device="meta")):
+        assert switches == [1, 0]
+
+
+# --- One implementation -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("chosen", ["triton", "reference"])
+def test_backward_runs_what_its_forward_ran(case: Case, chosen: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also outside ``use_kernels``, and after another choice."""
+    ran: list[str] = []
+    implementation = dispatch.implementation
+
+    def recorded(*args: Any) -> str:
+        ran.append(implementation(*args))
+        return ran[-1]
+
+    monkeypatch.setattr(dispatch, "implementation", recorded)
+    leaves = [tensor.clone().requires_grad_() for tensor in case.inputs]
+    with use_kernels(chosen):
+        out = case.function(*leaves)
+    with use_kernels("reference" if chosen == "triton" else "triton"):
+        out.sum().backward()
+    assert ran == [chosen] * 2
