@@ -163,6 +163,14 @@ class Engine:
         record.add(k, loss, logits, labels, regularizer)
         return total
 
+    def auxiliary_loss(self, k: int, h: Tensor, labels: Tensor, record: Recorder) -> Tensor:
+        """What the auxiliary head of module ``k`` minimizes on one part ``h`` of the module's output, which is detached."""
+        with self.autocast():
+            logits = self.modules[k].classify(h, train_lookahead=False)
+        loss = self.criterion(logits, labels)
+        record.add(k, loss, logits, labels, None)
+        return self._classification_weights[k] * loss
+
     def backward(self, loss: Tensor, share: float) -> None:
         """Backward of a mean over a part, as its share of the mean over the batch."""
         self.scaler.scale(loss if share == 1 else loss * share).backward()

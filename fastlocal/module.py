@@ -107,13 +107,18 @@ class LocalModule(nn.Module):
         before, after = block(x)
         return after, (after - before).float().square().mean() if self.measure_residual else None
 
-    def classify(self, h: Tensor) -> Tensor:
-        """Logits [B, classes] from the module's output: the backbone's head in the last module, the auxiliary one elsewhere."""
+    def classify(self, h: Tensor, train_lookahead: bool = True) -> Tensor:
+        """Logits [B, classes] from the module's output: the backbone's head in the last module, the auxiliary one elsewhere.
+
+        Args:
+            train_lookahead: let the blocks that the auxiliary head looks through have gradients.
+        """
         if self.head is not None:
             return self.head(h)
         assert self.auxiliary is not None
-        for block in self.lookahead:
-            _, h = block(h)
+        with torch.set_grad_enabled(train_lookahead and torch.is_grad_enabled()):
+            for block in self.lookahead:
+                _, h = block(h)
         return self.auxiliary(h)
 
 

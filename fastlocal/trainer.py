@@ -179,12 +179,15 @@ class LocalTrainer:
         """Names of the classifiers, in the order of `StepMetrics.loss` and of `predict`."""
         return [f"module {i + 1}" for i in self._exits]
 
-    def step(self, images: Tensor, labels: Tensor) -> StepMetrics:
+    def step(self, images: Tensor, labels: Tensor, *, exact: bool = False) -> StepMetrics:
         """Train every module once on a batch.
 
         Args:
             images: [B, 3, H, W], floating (already normalized) or uint8 (normalized here, part by part).
             labels: [B] class indices, or [B, classes] probabilities.
+            exact: train the model with the exact gradients of the last loss in this step, whatever the objective. Optimizer
+                states go on. Auxiliary heads learn as ever, from detached outputs; decoders rest. Exact steps at the end of
+                training are what closes the gap of a local objective.
 
         Raises:
             ValueError: shapes do not fit the model, a label is outside the classes, or (where looking costs no
@@ -203,7 +206,7 @@ class LocalTrainer:
                 try:
                     with use_kernels(self.kernels):
                         if step is None:
-                            run = ExactStep if self.objective.exact else LocalStep
+                            run = ExactStep if exact or self.objective.exact else LocalStep
                             step = run(self.engine, images, labels.to(self.device, non_blocking=True), record)
                         step.run()
                     break

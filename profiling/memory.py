@@ -150,24 +150,13 @@ def meter_step(model: nn.Module, setup: Setup, batch_size: int) -> Meter:
 @functools.cache
 def count_flops(model: nn.Module, setup: Setup, batch_size: int) -> int:
     """FLOPs of one step of ``setup``: the matrix products, convolutions and attention of FlopCounterMode."""
-    import torch
-    from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-
     from fastlocal import memory
+    from fastlocal.profiling.flops import count
 
-    aten = torch.ops.aten
-    attention = {  # the CPU's flash attention, which torch's table leaves out
-        aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-        aten._scaled_dot_product_flash_attention_for_cpu_backward: (
-            lambda d_out, q, k, v, *_, **__: sdpa_backward_flop_count(d_out, q, k, v)
-        ),
-    }
     with memory.dry_run():
         step, _ = _build(memory.fake_copy(model), setup)
         images, labels = _batch(model, setup, batch_size)
-        with FlopCounterMode(display=False, custom_mapping=attention) as counter:
-            step(images, labels)
-    return counter.get_total_flops()
+        return count(lambda: step(images, labels))
 
 
 def _build(model: nn.Module, setup: Setup) -> tuple[Step, Callable[[], list[Any]]]:

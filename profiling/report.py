@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastlocal.profiling import accuracy, caps, kernel_timing, results, suite, throughput
+from fastlocal.profiling import caps, kernel_timing, results, suite, throughput
 from fastlocal.profiling.cli import ArgumentParser, UserError
 from fastlocal.profiling.workloads import OURS
 
@@ -24,7 +24,6 @@ IDENTITY = {
     "trace": ("model", "batch_size", "name"),
     "caps": ("model", "image_size", "batch_size", "cap", "name"),
     "train": ("data", "objective", "modules", "kernels", "epochs"),
-    "accuracy": ("data", "model", "model_kwargs", "objective", "modules", "decoder", "epochs", "batch_size", "seed"),
 }
 
 
@@ -126,15 +125,6 @@ def _train(rows: Sequence[Row]) -> str:
     return f"{suite.train_table([dict(row) for row in rows])}\n\n{_commits(rows)}"
 
 
-def _accuracy(rows: Sequence[Row]) -> str:
-    recipes: dict[str, list[Row]] = {}
-    for row in rows:
-        keywords = " ".join(f"{name}={value}" for name, value in row["model_kwargs"].items())
-        recipe = f"{row['data']}, {row['model']} {keywords}".rstrip() + f", K={row['modules']}, {row['epochs']} epochs"
-        recipes.setdefault(recipe, []).append(row)
-    return "\n\n".join(f"{recipe}\n\n{accuracy.table(found)}\n\n{_commits(found)}" for recipe, found in recipes.items())
-
-
 _TABLES = {
     "correctness": _correctness,
     "kernels": _kernels,
@@ -143,7 +133,6 @@ _TABLES = {
     "trace": _trace,
     "caps": _caps,
     "train": _train,
-    "accuracy": _accuracy,
 }
 
 

@@ -40,9 +40,14 @@ def origin() -> dict[str, str]:
 
 def card_folder(output: Path = RESULTS) -> Path:
     """The folder of this machine's results, ``output``/<card>, created if need be."""
-    folder = output / re.sub(r"[^A-Za-z0-9]+", "-", origin()["card"]).strip("-").lower()
+    folder = output / slug(origin()["card"])
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def slug(text: str) -> str:
+    """``text`` as the name of a file or folder: lower-case letters, digits and single hyphens."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()
 
 
 def append_row(path: Path, row: Row) -> None:

@@ -16,7 +16,7 @@ from torch import nn
 import fastlocal
 from fastlocal.backbone import backbone
 from fastlocal.kernels.dispatch import why_not_triton
-from fastlocal.train.config import TrainConfig, UserError, nearest
+from fastlocal.train.config import GEOMETRY, TrainConfig, UserError, nearest
 
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 FAMILIES = ["swin*", "vit*", "deit*", "beit*", "eva02*"]
@@ -83,6 +83,8 @@ def build_model(config: TrainConfig, classes: int, image_size: int, *, start: bo
             f"--model {config.model} does not fit images of {image_size} pixels, which is no multiple of its patch"
             f" size, {patch}; change either with --model-kwargs img_size=… patch_size=…."
         )
+    if not config.model_kwargs.keys() & GEOMETRY:
+        _check_geometry(config.model, model, image_size)
     if start and config.initial_checkpoint is not None:
         if not Path(config.initial_checkpoint).is_file():
             raise UserError(f"--initial-checkpoint {config.initial_checkpoint} is no file.")
@@ -94,6 +96,30 @@ def build_model(config: TrainConfig, classes: int, image_size: int, *, start: bo
                 f"--initial-checkpoint {config.initial_checkpoint} cannot be loaded into {config.model}: {reason}."
             ) from None
     return model
+
+
+def _check_geometry(name: str, model: nn.Module, image_size: int) -> None:
+    """Refuse a design for large images that has next to nothing to look at in small ones, or looks mostly at padding.
+
+    Raises:
+        UserError: the sentence says which arguments to add.
+    """
+    model, enlarged = cast(Any, model), f"or img_size={designed_size(name)} to enlarge the images"
+    height, width = model.patch_embed.grid_size
+    fitting = f"patch_size={max(image_size // 8, 1)}"
+    problem = f"makes {height} × {width} tokens of images of {image_size} pixels" if height * width < 16 else None
+    if name.startswith("swin"):
+        fitting = f"patch_size={max(image_size // 16, 1)} window_size=4"
+        for stage in model.layers:
+            (height, width), window = stage.blocks[0].input_resolution, stage.blocks[0].window_size
+            padded = [-(-side // w) * w for side, w in zip((height, width), window, strict=True)]
+            if padded[0] * padded[1] > 2 * height * width:
+                problem = f"pads a grid of {height} × {width} tokens to {padded[0]} × {padded[1]}"
+                break
+    if problem is not None:
+        raise UserError(
+            f"--model {name} {problem}; add --model-kwargs {fitting} to train on them as they are, {enlarged}."
+        )
 
 
 def build_trainer(

@@ -281,6 +281,10 @@ class TrainConfig:
         None, "weight of the auxiliary cross-entropy, likewise", _weights, at_least=0
     )
     lookahead: int = _option(0, "blocks of the next module that an auxiliary head reads", _whole, at_least=0)
+    exact_epochs: int = _option(
+        0, "train the last so many epochs with exact gradients, as 'end-to-end' does", _whole, at_least=0
+    )
+    exact_every: int = _option(0, "train every so many-th step with exact gradients; 0: none", _whole, at_least=0)
 
     # Memory and arithmetic
     memory: str | None = _option(
@@ -359,6 +363,12 @@ class TrainConfig:
             object.__setattr__(self, "warmup_epochs", min(self.epochs / 10, 5.0))
         elif self.warmup_epochs > self.epochs:
             raise UserError(f"--warmup-epochs must be at most --epochs, {self.epochs}; got {self.warmup_epochs}.")
+        if self.exact_epochs > self.epochs:
+            raise UserError(f"--exact-epochs must be at most --epochs, {self.epochs}; got {self.exact_epochs}.")
+        if self.objective == "end-to-end" and (self.exact_epochs or self.exact_every):
+            raise UserError(
+                "--exact-epochs and --exact-every are for local objectives; end-to-end is exact throughout."
+            )
         if self.pretrained and self.initial_checkpoint is not None:
             raise UserError("--pretrained and --initial-checkpoint exclude each other: both say what to start from.")
         if self.torchcompile_mode is not None and not self.torchcompile:
@@ -378,13 +388,20 @@ class TrainConfig:
             if name not in names:
                 raise UserError(f"unknown option {shown(name)}{nearest(name, names)}")
         about = {name: option.metadata for name, option in cls.__dataclass_fields__.items()}
-        recipe = dict(RECIPES.get(_checked("data", about["data"], given.get("data", "digits")), {}))
+        data = _checked("data", about["data"], given.get("data", "digits"))
+        recipe = dict(RECIPES.get(data, {}))
+        kwargs = _checked("model_kwargs", about["model_kwargs"], given.get("model_kwargs", {}))
+        fitting = recipe.pop("model_kwargs", {})
         if "model" in given:
-            recipe.pop("model_kwargs", None)
-        elif "model_kwargs" in given:
-            kwargs = _checked("model_kwargs", about["model_kwargs"], given["model_kwargs"])
-            given = {**given, "model_kwargs": {**recipe.get("model_kwargs", {}), **kwargs}}
-        return cls(**{**recipe, **given})
+            decided = given.get("pretrained") or given.get("initial_checkpoint") or kwargs.keys() & GEOMETRY
+            fitting = {} if decided else fitting_geometry(data, str(given["model"]))
+        return cls(**{**recipe, **given, "model_kwargs": {**fitting, **kwargs}})
+
+    def is_exact(self, epoch: int, step: int) -> bool:
+        """Whether ``step`` of the run (from 0), in ``epoch`` (from 0), computes exact gradients for a local objective."""
+        return epoch >= self.epochs - self.exact_epochs or (
+            self.exact_every > 0 and step % self.exact_every == self.exact_every - 1
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain values, lists for tuples: fit for YAML and for a checkpoint that loads weights only."""
@@ -449,6 +466,27 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fashion-mnist": {**_SMALL_IMAGES, "model_kwargs": {**_SMALL_SWIN, "window_size": 7}, "crop_padding": 2},
     "stl10": {**_SMALL_IMAGES, "model_kwargs": {**_SMALL_SWIN, "patch_size": 4, "window_size": 6}, "crop_padding": 12},
 }
+
+
+# The arguments of a timm model that say how it cuts images up. Whoever sets one of them has thought about the others.
+GEOMETRY = {"img_size", "patch_size", "window_size"}
+# How models that are made for 224 pixels cut up small images: patches and windows of a Swin, whose grids then need no padding
+# (but 7 × 7 merged, on 28 pixels), and patches of a model that attends to all of its tokens, 16 to 144, at once.
+_CUTS = {
+    "digits": (2, 4, 2),
+    "fashion-mnist": (2, 7, 4),
+    **dict.fromkeys(("cifar10", "cifar100", "svhn"), (2, 4, 4)),
+    "stl10": (4, 6, 8),
+}
+
+
+def fitting_geometry(data: str, model: str) -> dict[str, Any]:
+    """Arguments that fit ``model`` to the images of ``data``; none where they are as large as models are made for."""
+    if data not in _CUTS:
+        return {}
+    patch, window, patch_of_all = _CUTS[data]
+    swin = model.startswith("swin")
+    return {"patch_size": patch, "window_size": window} if swin else {"patch_size": patch_of_all}
 
 
 LONGEST_FILE, DEEPEST_FILE = 2**16, 10  # bytes and levels; a file with every option has some 3000 and 3

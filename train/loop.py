@@ -53,6 +53,7 @@ class Summary:
     """What a run came to; accuracies are shares from 0 to 1, one per exit, of the last validation (empty if none)."""
 
     folder: Path
+    images: tuple[int, int]  # to train on and to validate on
     exits: tuple[str, ...]
     epochs: int
     accuracy: tuple[float, ...]
@@ -283,6 +284,7 @@ class _Run:
                 self.folder.close()
         return Summary(
             folder=self.folder.path,
+            images=(len(self.training), len(self.validation)),
             exits=tuple(self.trainer.exit_names),
             epochs=progress.epoch,
             accuracy=tuple(progress.accuracy),
@@ -319,7 +321,8 @@ class _Run:
         self.between_steps, targets = False, labels
         if self.mixup is not None:
             images, targets = mix_batch(self.mixup, images, labels)
-        metrics = self.trainer.step(images, targets)
+        step = progress.epoch * self.steps + progress.position
+        metrics = self.trainer.step(images, targets, exact=self.config.is_exact(progress.epoch, step))
         progress.position += 1
         progress.lr = self.trainer.optimizers[-1].param_groups[0]["lr"]
         for schedule in self.schedules:

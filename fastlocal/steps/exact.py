@@ -102,8 +102,7 @@ class ExactStep:
         upstream = self._gradient.parts(parts) if self._gradient is not None else None
         gradient = engine.boundary(batch)
         with engine.learning(k, k - 1 if k > self._first else None, self._record, update=k not in self._updated):
-            if k == self._last:
-                self._record.begin(k)
+            self._record.begin(k)
             for i, part in enumerate(parts):
                 x = engine.enter(k, next(inputs)).detach().requires_grad_(k > self._first)
                 if upstream is None:
@@ -111,7 +110,7 @@ class ExactStep:
                 else:
                     state = drawn.states[i] if drawn is not None and repeat else None
                     with _replayed(state, engine.device):
-                        self._backpropagate_part(k, x, next(upstream))
+                        self._backpropagate_part(k, x, next(upstream), self._labels[part])
                 if x.grad is not None:
                     gradient.write(part, x.grad)
                 del x
@@ -131,12 +130,19 @@ class ExactStep:
         self._record.add(k, loss, logits, labels, None)
         engine.backward(loss, len(labels) / self._record.samples)
 
-    def _backpropagate_part(self, k: int, x: Tensor, gradient: Tensor) -> None:
-        """Run module ``k`` on one part again and backpropagate ``gradient``, that of its output."""
-        with self._engine.autocast():
-            output = self._engine.modules[k](x).output
+    def _backpropagate_part(self, k: int, x: Tensor, gradient: Tensor, labels: Tensor) -> None:
+        """Run module ``k`` on one part again and backpropagate ``gradient``, that of its output.
+
+        An auxiliary head, which a local objective has, learns from the output as well, and passes nothing on.
+        """
+        engine = self._engine
+        with engine.autocast():
+            output = engine.modules[k](x).output
         if output.requires_grad:
             output.backward(gradient.to(output.dtype))
+        if engine.modules[k].auxiliary is not None:
+            loss = engine.auxiliary_loss(k, output.detach(), labels, self._record)
+            engine.backward(loss, len(labels) / self._record.samples)
 
 
 def _generator_state(device: torch.device) -> _GeneratorState:

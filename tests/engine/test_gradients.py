@@ -27,7 +27,7 @@ def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, lr=1.0)
 
 
-def gradients(model: nn.Module, batch: Batch, seed: int = 5, **options: Any) -> dict[str, Tensor]:
+def gradients(model: nn.Module, batch: Batch, seed: int = 5, exact: bool = False, **options: Any) -> dict[str, Tensor]:
     """The gradients of one step, by whole-model name: with SGD at rate 1 they are what the parameters lose."""
     model = copy.deepcopy(model)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -36,7 +36,7 @@ def gradients(model: nn.Module, batch: Batch, seed: int = 5, **options: Any) -> 
         model, optimizer=lambda groups: torch.optim.SGD([{**g, "weight_decay": 0.0} for g in groups], lr=1.0), **options
     )
     torch.manual_seed(seed)
-    trainer.step(*batch)
+    trainer.step(*batch, exact=exact)
     return {name: before[name] - p.detach() for name, p in model.named_parameters()}
 
 
@@ -106,6 +106,37 @@ def test_end_to_end_gradients_in_double_precision(build: Build, batch: Batch, fa
     expected = backpropagated(model, batch)
     for modules in (2, 4):
         assert error(gradients(model, batch, objective="end-to-end", modules=modules), expected) < 1e-9
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 3, "recompute": "block"}, {"lookahead": 1}])
+@pytest.mark.parametrize("objective", LOCAL)
+@pytest.mark.parametrize("family", ["swin", "vit"])
+def test_an_exact_step_of_a_local_objective_is_backpropagation(
+    build: Build, batch: Batch, family: str, objective: str, options: dict[str, Any]
+) -> None:
+    model = build(family, **STOCHASTIC if "micro_batch" not in options else {"drop_path_rate": 0.0})
+    ours = gradients(model, batch, exact=True, objective=objective, modules=4, **options)
+    assert error(ours, backpropagated(model, batch)) < 1e-6
+
+
+def test_an_exact_step_goes_on_where_local_steps_were(build: Build, batch: Batch) -> None:
+    trainer = fastlocal.LocalTrainer(build("swin"), objective="feature", lookahead=1)
+    local = trainer.step(*batch)
+    heads = {f"{k}.{n}": v.clone() for k, m in enumerate(trainer.modules) for n, v in m.heads.state_dict().items()}
+    exact = trainer.step(*batch, exact=True)
+    assert local.loss.shape == exact.loss.shape == exact.correct.shape == (4,)  # early exits are measured as ever
+    assert (exact.loss > 0).all()
+    assert not exact.regularizer.any()
+    changed = {
+        name
+        for k, module in enumerate(trainer.modules)
+        for name, value in ((f"{k}.{n}", v) for n, v in module.heads.state_dict().items())
+        if not torch.equal(value, heads[name])
+    }
+    assert changed == {name for name in heads if ".auxiliary." in name}  # they learn, the decoders rest
+    for module, optimizer in zip(trainer.modules, trainer.optimizers, strict=True):
+        steps = {p: int(state["step"]) for p, state in optimizer.state.items()}
+        assert {steps[p] for p in module.blocks.parameters()} == {2}
 
 
 @pytest.mark.parametrize("objective", LOCAL)

@@ -1,28 +1,51 @@
-"""``fastlocal bench accuracy`` trains each objective once, goes on with what was stopped, and reports side by side."""
+"""``fastlocal bench accuracy`` trains each run once, goes on with what was stopped, and reports side by side."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from fastlocal import LocalTrainer
-from fastlocal.profiling import report, results
+from fastlocal.profiling import results
+from fastlocal.profiling.accuracy import plots, recipe, study, table
+from fastlocal.profiling.accuracy.cost import flops_ratio
 from fastlocal.profiling.cli import bench
+from fastlocal.train.config import TrainConfig
 
 TINY = [
     *("--model", "vit_tiny_patch16_224", "--model-kwargs", "patch_size=2", "embed_dim=16", "depth=3", "num_heads=2"),
     *("--modules", "3", "--epochs", "2", "--batch-size", "16", "--train-limit", "64", "--val-limit", "40"),
 ]
+VIT = {"model": "vit_tiny_patch16_224", "model_kwargs": {"patch_size": 2, "embed_dim": 16, "depth": 4, "num_heads": 2}}
+STUDY = recipe.Recipe(
+    base={**VIT, "modules": 2, "epochs": 2, "batch_size": 16, "train_limit": 64, "val_limit": 40},
+    tasks={"digits": {"data": "digits"}},
+    variants={
+        "end-to-end": {"objective": "end-to-end"},
+        "feature": {"objective": "feature"},
+        "finish": {"objective": "feature", "exact_epochs": recipe.OfEpochs(0.5)},
+    },
+    seeds=(7,),
+    published={("digits", "feature"): 99.25},
+)
+
+
+@pytest.fixture(autouse=True)
+def _in_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.set_num_threads(1)
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
-def arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    torch.set_num_threads(1)
-    monkeypatch.chdir(tmp_path)
+def arguments() -> list[str]:
     return ["accuracy", *TINY, "--results", "rows", "--objectives", "feature", "end-to-end"]
 
 
@@ -31,30 +54,28 @@ def test_each_objective_is_trained_once(
 ) -> None:
     assert bench(arguments) == 0
     first = capsys.readouterr().out
-    assert "| module 1 % | module 2 % | module 3 % | images/s | peak MiB |" in first
+    assert "| module 1 % | module 2 % | accuracy % |" in first
 
     monkeypatch.setattr(LocalTrainer, "step", None)  # what is done is read, not trained again
     assert bench(arguments) == 0
     assert capsys.readouterr().out.splitlines()[-4:] == first.splitlines()[-4:]
-    rows = results.read_rows(results.card_folder(Path("rows")) / "accuracy.jsonl")
+    rows = results.read_rows(Path("rows/accuracy/objectives.jsonl"))
     assert [row["objective"] for row in rows] == ["feature", "end-to-end"]
     assert [len(row["accuracy"]) for row in rows] == [3, 1]
-
-    assert report.main(["--output", "rows"]) == 0
-    assert "### Accuracy" in Path("rows/README.md").read_text()
 
 
 def test_a_stopped_campaign_goes_on(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     step = LocalTrainer.step
     steps = 0
 
-    def counted(self: LocalTrainer, *batch: torch.Tensor) -> object:
+    def counted(self: LocalTrainer, *batch: torch.Tensor, **options: Any) -> object:
         nonlocal steps
         steps += 1
         if steps == 6:
             os.kill(os.getpid(), signal.SIGINT)
-        return step(self, *batch)
+        return step(self, *batch, **options)
 
+    monkeypatch.setattr("fastlocal.profiling.accuracy.cost.flops_ratio", lambda *_: 1.0)  # it runs steps too, dry ones
     monkeypatch.setattr(LocalTrainer, "step", counted)
     assert bench(arguments) == 130
     assert bench(arguments) == 0
@@ -65,8 +86,110 @@ def test_runs_with_other_options_are_not_mixed_in(arguments: list[str], capsys: 
     assert bench(arguments) == 0
     for wrong, sentence in (
         (["--lr", "0.1"], "is a run with other options"),
-        (["--objective", "image"], "use --objectives"),
+        (["--objective", "image"], "--objectives says what is compared"),
         (["--objectives", "featur"], "invalid choice: 'featur'"),
+        (["--recipe", "papier"], "did you mean 'paper'?"),
+        (["--recipe", "paper"], "--variants says what is compared"),
     ):
         assert bench([*arguments, *wrong]) == 2
         assert sentence in capsys.readouterr().err
+    for wrong, sentence in (
+        (["--tasks", "SVNH"], "did you mean 'SVHN'?"),
+        (["--variants", "feature"], "'feature' is not one of"),
+        (["--seed", "1"], "--seeds says which"),
+    ):
+        assert bench(["accuracy", "--recipe", "paper", *wrong]) == 2
+        assert sentence in capsys.readouterr().err
+
+
+def test_a_study_has_a_row_per_run_and_tells_price_and_gap(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(recipe, "load", lambda name: STUDY)
+    assert bench(["accuracy", "--recipe", "tiny", "--results", "rows"]) == 0
+    path = Path("rows/accuracy/tiny.jsonl")
+    rows = results.read_rows(path)
+    assert [(row["seed"], row["variant"]) for row in rows] == [(7, variant) for variant in STUDY.variants]
+    exact, feature, finish = rows[:3]
+    assert finish["options"]["exact_epochs"] == 1
+    assert finish["curve"][0] == feature["curve"][0]  # the same run up to the finish
+    assert finish["curve"][1] != feature["curve"][1]
+    assert finish["flops_ratio"] == pytest.approx((feature["flops_ratio"] + exact["flops_ratio"]) / 2, rel=0.02)
+    assert (exact["train_images"], exact["validation_images"]) == (64, 40)
+    assert exact["peak_bytes"] > 0
+
+    text = Path("rows/accuracy/tiny.md").read_text()
+    assert "99.25" in text
+    drawn = re.findall(r"\]\((.+?)\)", text)
+    assert drawn == ["tiny-digits-2-curves.png", "tiny-digits-2-gap.png"]
+    assert all((path.parent / name).stat().st_size > 10_000 for name in drawn)
+
+    # A row counts at any commit, and goes on counting when options are added later.
+    for row in rows:
+        del row["options"]["cutmix"]
+        row["commit"] = "old"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    monkeypatch.setattr(LocalTrainer, "step", None)
+    assert bench(["accuracy", "--recipe", "tiny", "--results", "rows"]) == 0
+    assert len(results.read_rows(path)) == len(rows)
+
+
+def test_exact_steps_cost_one_more_forward_of_all_modules_but_the_last() -> None:
+    config = TrainConfig.of(**VIT, modules=4, objective="cross-entropy", epochs=4)
+    exact = flops_ratio(replace(config, objective="end-to-end"), 10, 8, 10)
+    assert exact == pytest.approx(1 + 3 / 4 / 3, rel=0.02)  # a forward is a third of a step
+    assert flops_ratio(replace(config, exact_epochs=1), 10, 8, 10) == pytest.approx(1 + (exact - 1) / 4, abs=0.02)
+
+
+def _row(variant: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:
+    cost = {"flops_ratio": 1.1, "images_per_second": 100.0, "peak_bytes": 2**20, "modules": 2, "options": {}}
+    images = {
+        "train_images": 64,
+        "validation_images": 40,
+        "curve": [[0.1, accuracy]],
+        "exits": ["module 1", "module 2"],
+    }
+    place = {"task": "digits", "epochs": 2, "variant": variant, "seed": seed}
+    return {**place, **images, **cost, "accuracy": [0.2, accuracy], **more}
+
+
+def test_gaps_are_taken_seed_by_seed() -> None:
+    rows = [_row("end-to-end", seed, 0.5 + seed / 10) for seed in (0, 1, 2)]
+    rows += [_row("feature", seed, 0.49 + seed / 10) for seed in (1, 2, 7)]
+    exact, feature = table.groups([*rows, _row("feature", 7, 0.3)])  # the later row of a seed counts
+    assert feature.accuracies[7] == pytest.approx(30)
+    assert feature.gap(exact) == pytest.approx([1, 1])
+    text = table.markdown(STUDY, rows)
+    assert "| 60.00 ± 10.00" in text
+    assert "| +1.00 ± 0.00" in text
+    assert "0, 1, 2" in text
+    assert table.spread([50.0]) == "50.00"  # one seed has no spread
+
+
+def test_no_matplotlib_no_plots(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
+    assert plots.draw("tiny", STUDY, [_row("end-to-end", 0, 0.5), _row("feature", 0, 0.4)], Path()) == []
+    assert "matplotlib is not installed" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", recipe.names())
+def test_every_recipe_is_sound(name: str) -> None:
+    chosen = recipe.load(name)
+    assert chosen.reference in chosen.variants
+    assert {variant for _, variant in chosen.published} <= set(chosen.variants)
+    found = list(recipe.jobs(name, chosen, {"epochs": 100}, list(chosen.tasks), list(chosen.variants)))
+    assert len({job.config.experiment for job in found}) == len(found)
+    assert len({json.dumps(job.key, sort_keys=True) for job in found}) == len(found)
+    documentation = (Path(recipe.recipes.__path__[0]) / f"{name}.py").read_text().split('"""')[1]
+    for promise in ("Result", "Time", "Command", f"--recipe {name}"):
+        assert promise in documentation
+
+
+def test_options_given_override_and_other_data_gets_its_own_name() -> None:
+    chosen = recipe.on(recipe.load("paper"), "folder:elsewhere")
+    given = {"epochs": 3, "seeds": [5], "model_kwargs": {"window_size": 2}}
+    (job,) = recipe.jobs("paper", chosen, given, ["folder:elsewhere"], ["end-to-end"])
+    assert (job.config.epochs, job.config.seed) == (3, 5)
+    assert job.config.model_kwargs == {"window_size": 2}
+    assert job.task == "folder:elsewhere"
+    assert study.find(job, [_row("end-to-end", 5, 0.5)]) is None

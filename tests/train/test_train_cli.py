@@ -120,10 +120,10 @@ def test_ctrl_c_saves_and_says_how_to_go_on(
 ) -> None:
     real = fastlocal.LocalTrainer.step
 
-    def step(self: Any, *arguments: Any) -> Any:
+    def step(self: Any, *arguments: Any, **options: Any) -> Any:
         if self.steps == 1:
             os.kill(os.getpid(), number)
-        return real(self, *arguments)
+        return real(self, *arguments, **options)
 
     monkeypatch.setattr(fastlocal.LocalTrainer, "step", step)
     stopped = cli("train", *flags(epochs=1))

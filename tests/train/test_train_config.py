@@ -12,6 +12,7 @@ from fastlocal.train.config import (
     COMPILE_MODES,
     DATA,
     DECODERS,
+    GEOMETRY,
     OBJECTIVES,
     RECIPES,
     TrainConfig,
@@ -34,7 +35,7 @@ def test_recipe_then_file_then_flags(tmp_path: Path) -> None:
 def test_model_kwargs_extend_the_recipe_of_its_own_model_only() -> None:
     recipe = RECIPES["cifar10"]["model_kwargs"]
     assert TrainConfig.of(data="cifar10", model_kwargs=["embed_dim=48"]).model_kwargs == {**recipe, "embed_dim": 48}
-    assert TrainConfig.of(data="cifar10", model="vit_tiny_patch16_224").model_kwargs == {}
+    assert TrainConfig.of(data="cifar10", model="vit_tiny_patch16_224").model_kwargs == {"patch_size": 4}
 
 
 def test_flag_texts_become_values() -> None:
@@ -134,3 +135,36 @@ def test_every_recipe_takes_a_step(data: str, size: int) -> None:
     metrics = trainer.step(images, torch.tensor([3, 7]))
     assert metrics.loss.shape == (4,)
     assert metrics.loss.isfinite().all()
+
+
+def test_exact_steps_come_at_the_end_or_regularly() -> None:
+    last = TrainConfig(epochs=10, exact_epochs=2)
+    assert [epoch for epoch in range(10) if last.is_exact(epoch, 7 * epoch)] == [8, 9]
+    regular = TrainConfig(epochs=10, exact_every=3)
+    assert [step for step in range(10) if regular.is_exact(0, step)] == [2, 5, 8]
+    assert not any(TrainConfig(epochs=10).is_exact(epoch, epoch) for epoch in range(10))
+    for wrong, sentence in (
+        ({"exact_epochs": 11}, "--exact-epochs must be at most --epochs, 10; got 11"),
+        ({"exact_epochs": 1, "objective": "end-to-end"}, "end-to-end is exact throughout"),
+        ({"exact_every": 2, "objective": "end-to-end"}, "end-to-end is exact throughout"),
+        ({"exact_every": -1}, "--exact-every must be at least 0, got -1"),
+    ):
+        with pytest.raises(UserError, match=sentence):
+            TrainConfig(epochs=10, **wrong)
+
+
+@pytest.mark.parametrize("data", ["digits", "cifar10", "fashion-mnist", "stl10"])
+def test_a_model_made_for_large_images_is_fitted_to_small_ones(data: str) -> None:
+    swin = TrainConfig.of(data=data, model="swin_tiny_patch4_window7_224")
+    assert swin.model_kwargs == {n: v for n, v in RECIPES[data]["model_kwargs"].items() if n in GEOMETRY}
+    assert TrainConfig.of(data=data, model="vit_base_patch16_224").model_kwargs.keys() == {"patch_size"}
+    for decided in (
+        {"model_kwargs": {"img_size": 224}},
+        {"pretrained": True},
+        {"initial_checkpoint": "x.safetensors"},
+        {"data": "folder:x"},
+    ):
+        given = {"data": data, "model": "swin_tiny_patch4_window7_224", **decided}
+        assert TrainConfig.of(**given).model_kwargs == decided.get("model_kwargs", {})
+    chosen = TrainConfig.of(data=data, model="vit_base_patch16_224")
+    assert TrainConfig.of(**chosen.to_dict()) == chosen

@@ -51,7 +51,7 @@ def _assert_told(outcome: Any, *parts: str) -> None:
             ("'dpth' is no argument", "did you mean 'depth'?"),
         ),
         (("train", *VIT, "mlp_ratio=-1"), ("cannot be built with", "mlp_ratio=-1")),
-        (("train", "--model", "vit_tiny_patch16_224"), ("does not fit images of 8 pixels", "patch size, 16")),
+        (("train", *VIT, "patch_size=3"), ("does not fit images of 8 pixels", "patch size, 3")),
         (("train", "--modules", 5, *VIT), ("modules must be from 1 to 4", "got 5")),
         (("train", "--modules", "3,1", *VIT), ("modules: cut points must be increasing",)),
         (("train", "--modules", "stages", *VIT), ("modules='stages' needs a model with stages",)),
@@ -77,13 +77,13 @@ def test_kernels_that_cannot_run_are_told(
     _assert_told(cli("train", *flags(kernels="triton", device="cpu")), "--kernels triton was asked for, but triton")
 
 
-def _write_folder(root: Path, classes: dict[str, tuple[str, ...]]) -> None:
+def _write_folder(root: Path, classes: dict[str, tuple[str, ...]], size: int = 8) -> None:
     for split, names in classes.items():
         for name in names:
             folder = root / split / name
             folder.mkdir(parents=True)
             for i in range(4):
-                pixels = np.random.default_rng(i).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+                pixels = np.random.default_rng(i).integers(0, 256, (size, size, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(folder / f"{i}.png")
 
 
@@ -99,6 +99,13 @@ def test_mistakes_in_an_image_folder(cli: Command, tmp_path: Path) -> None:
     _assert_told(trained("corrupt"), "val/b/2.png cannot be read")
     _write_folder(tmp_path / "labels", {"train": ("a", "b"), "val": ("a", "b", "c")})
     _assert_told(trained("labels"), "outside the model's 2 classes", "'c'")
+    for model, parts in (
+        ("swin_tiny_patch4_window7_224", ("pads a grid of 8 × 8 tokens to 14 × 14", "patch_size=2 window_size=4")),
+        ("vit_tiny_patch16_224", ("makes 2 × 2 tokens of images of 32 pixels", "patch_size=4")),
+    ):
+        _write_folder(tmp_path / model, {"train": ("a", "b"), "val": ("a", "b")}, size=32)
+        data = ("--data", f"folder:{tmp_path / model}", "--output", tmp_path / "runs")
+        _assert_told(cli("train", "--model", model, *data), *parts, "img_size=224")
     assert not (tmp_path / "runs").exists()
 
 
@@ -189,7 +196,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(cli: Command, flags: Callable[..
 def test_out_of_memory_says_what_to_try(
     cli: Command, flags: Callable[..., list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def out_of_memory(*_: object) -> None:
+    def out_of_memory(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. And so on.")
 
     monkeypatch.setattr(fastlocal.LocalTrainer, "step", out_of_memory)

@@ -83,6 +83,7 @@ SETUPS: dict[str, dict[str, Any]] = {
         "recompute": "block",
         "drop_path": 0.2,
     },
+    "exact finish": {"exact_epochs": 1, "exact_every": 3, "lookahead": 1, "drop_path": 0.2},
     "cross-entropy": {"objective": "cross-entropy", "residency": "module", "normalize_target": True, "lookahead": 1},
 }
 

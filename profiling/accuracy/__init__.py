@@ -1,0 +1,93 @@
+"""``fastlocal bench accuracy``: what ways of training learn, side by side, and what each costs.
+
+``--recipe NAME`` runs a study: the tasks, variants and seeds in the file of that name under ``recipes/``, whose docstring
+says what came out, how long it takes and how to repeat it. Without it every objective is trained once, with the flags of
+``fastlocal train``. Each run has a folder of its own; a run that was stopped goes on where it was when the command is given
+again, and a run that has its row is only read. Rows, tables and plots go to ``accuracy/`` in the results folder.
+
+Accuracy is that of the last epoch, not of the best one. Images per second are the median over the epochs, one run after
+another: a machine that is busy with other things weighs on some more than on others.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastlocal.profiling import results
+from fastlocal.profiling.cli import UserError
+from fastlocal.train.cli import options_of, training_parser
+from fastlocal.train.config import OBJECTIVES, TrainConfig, nearest
+
+
+def main(argv: list[str]) -> int:
+    """Train what has no row yet; returns the exit code, 130 if stopped by Ctrl-C."""
+    from fastlocal.profiling.accuracy import plots, recipe, study, table
+
+    parser = training_parser("fastlocal bench accuracy", __doc__ or "")
+    parser.add_argument("--recipe", metavar="NAME", help=f"a study: {', '.join(recipe.names())}")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help="those of the recipe (all)")
+    parser.add_argument("--variants", nargs="+", metavar="VARIANT", help="those of the recipe (all)")
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="(the recipe's)")
+    parser.add_argument(
+        "--objectives",
+        nargs="+",
+        choices=OBJECTIVES,
+        metavar="OBJECTIVE",
+        help="without a recipe: those to train (all)",
+    )
+    parser.add_argument("--results", default=str(results.RESULTS), help="folder that the rows go to (%(default)s)")
+    given = options_of(parser, argv)
+    if "model_kwargs" in given:  # flag texts, as yet
+        given["model_kwargs"] = TrainConfig.of(model="any", model_kwargs=given["model_kwargs"]).model_kwargs
+    name, folder = given.pop("recipe", None), Path(given.pop("results")) / "accuracy"
+    asked = {axis: given.pop(axis, None) for axis in ("tasks", "variants", "objectives")}
+    if "experiment" in given:
+        raise UserError("--experiment is set by this command; --output says where run folders are made.")
+    if name is None:
+        if "objective" in given or asked["variants"] or asked["tasks"]:
+            raise UserError("without --recipe, --objectives says what is compared.")
+        name, chosen = "objectives", _objectives(given, asked["objectives"] or OBJECTIVES)
+    else:
+        chosen = recipe.load(name)
+        if asked["objectives"]:
+            raise UserError("--objectives is for runs without --recipe; with one, --variants says what is compared.")
+        if "seed" in given:
+            raise UserError("--seed is for runs without --recipe; with one, --seeds says which.")
+        if "data" in given:
+            chosen = recipe.on(chosen, given["data"])
+    tasks = _among("--tasks", asked["tasks"], chosen.tasks)
+    variants = _among("--variants", asked["variants"], chosen.variants)
+    # All are checked before the first one trains.
+    jobs = list(recipe.jobs(name, chosen, given, tasks, variants))
+    path, rows = folder / f"{name}.jsonl", []
+    try:
+        for row in study.run(jobs, path):
+            rows.append(row)
+            print(f"\n{table.markdown(chosen, rows)}\n")
+    except study.Stopped:
+        return 130
+    if name != "objectives":
+        rows = results.read_rows(path)  # the folder shows all there is, not only what was asked for now
+        drawn = plots.draw(name, chosen, rows, folder)
+        pictures = "".join(f"\n![{file.stem}]({file.name})\n" for file in drawn)
+        (folder / f"{name}.md").write_text(f"{table.markdown(chosen, rows)}\n{pictures}")
+        print(f"{folder / name}.md: {len(rows)} rows")
+    return 0
+
+
+def _objectives(given: dict[str, Any], objectives: list[str] | tuple[str, ...]) -> Any:
+    """The recipe that flags alone make."""
+    from fastlocal.profiling.accuracy.recipe import Recipe
+
+    data = given.get("data", "digits")
+    seed = TrainConfig.of(**{option: value for option, value in given.items() if option != "seeds"}).seed
+    variants = {objective: {"objective": objective} for objective in objectives}
+    return Recipe(base={}, tasks={data: {}}, variants=variants, seeds=(seed,))
+
+
+def _among(flag: str, asked: list[str] | None, known: Any) -> list[str]:
+    for name in asked or []:
+        if name not in known:
+            raise UserError(f"{flag}: {name!r} is not one of {', '.join(map(repr, known))}{nearest(name, known)}")
+    return list(asked or known)

@@ -1,0 +1,88 @@
+"""Runs the jobs of a recipe: one row each, written at once; what has a row is not trained again."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastlocal.profiling import results
+from fastlocal.profiling.accuracy.recipe import Job
+from fastlocal.profiling.cli import UserError
+from fastlocal.train.config import TrainConfig, read_file
+
+
+class Stopped(Exception):
+    """Ctrl-C or SIGTERM: the run that was under way is saved, and the same command goes on with it."""
+
+
+def run(jobs: Sequence[Job], path: Path) -> Iterator[dict[str, Any]]:
+    """The row of each job: from ``path``, where it has one, else trained, and written there.
+
+    A row counts whatever the commit: training takes hours, and a row says which commit it is from.
+
+    Raises:
+        UserError: a run folder is of another configuration.
+        Stopped: after the first signal.
+    """
+    for job in jobs:
+        row = find(job, results.read_rows(path))
+        if row is None:
+            results.append_row(path, _train(job))
+            row = find(job, results.read_rows(path))
+            assert row is not None
+        yield row
+
+
+def find(job: Job, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """The last of ``rows`` that is this job's, or None. Options that came later than a row have their defaults in it."""
+    key = json.loads(json.dumps(job.key))  # as it reads back from the file
+    defaults = json.loads(json.dumps(replace(job, config=TrainConfig()).key))["options"]
+    for row in reversed(rows):
+        if {"task": row["task"], "variant": row["variant"], "options": {**defaults, **row["options"]}} == key:
+            return row
+    return None
+
+
+def _train(job: Job) -> dict[str, Any]:
+    """Train as ``job`` says, or go on with what its run folder holds."""
+    from fastlocal.profiling.accuracy.cost import flops_ratio
+    from fastlocal.train import checkpoint, loop
+
+    config, folder = job.config, Path(job.config.output) / job.config.experiment
+    if (folder / "config.yaml").exists():
+        kept = TrainConfig.of(**read_file(folder / "config.yaml"))
+        if config.memory is not None:  # what the planner chose then is in the file
+            planned = {name: getattr(kept, name) for name in ("modules", "micro_batch", "recompute", "residency")}
+            config = replace(config, **planned)
+        if kept != config:
+            raise UserError(f"--output: {folder} is a run with other options; name another folder or remove it.")
+        summary = loop.resume(folder)
+    else:
+        summary = loop.run(config)
+    if summary.interrupted:
+        raise Stopped
+    epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    saved = checkpoint.load(folder / "last.pt")
+    return {
+        "bench": "accuracy",
+        **job.key,
+        "data": config.data,
+        "split": "validation",
+        "train_images": summary.images[0],
+        "validation_images": summary.images[1],
+        **{name: job.key["options"][name] for name in ("epochs", "seed", "model", "objective", "modules")},
+        "exits": epochs[-1]["exits"],
+        "accuracy": epochs[-1]["validation_accuracy"],
+        "best_accuracy": summary.best_accuracy,
+        "curve": [[round(share, 4) for share in epoch["validation_accuracy"]] for epoch in epochs],
+        "flops_ratio": round(
+            flops_ratio(config, len(saved["classes"]), saved["image_size"], epochs[0]["step"]),
+            4,
+        ),
+        "images_per_second": statistics.median(epoch["images_per_second"] for epoch in epochs),
+        "peak_bytes": max(epoch["peak_memory_bytes"] for epoch in epochs),
+    }

@@ -1,0 +1,97 @@
+"""Rows as a Markdown table: accuracy of every exit, mean ± standard deviation over seeds, beside its price."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fastlocal.profiling import results
+from fastlocal.profiling.accuracy.recipe import Recipe
+
+Row = results.Row
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rows of one variant on one task, which differ in their seeds."""
+
+    task: str
+    epochs: int
+    variant: str
+    rows: tuple[Row, ...]
+
+    @property
+    def accuracies(self) -> dict[int, float]:
+        """Seed -> validation accuracy of the last exit, in per cent."""
+        return {row["seed"]: 100 * row["accuracy"][-1] for row in self.rows}
+
+    def mean(self, name: str) -> float:
+        """The mean of a number in the rows."""
+        return statistics.fmean(row[name] for row in self.rows)
+
+    def gap(self, reference: Group) -> list[float]:
+        """Points behind ``reference``, seed by seed, where both have the seed."""
+        other = reference.accuracies
+        return [other[seed] - accuracy for seed, accuracy in self.accuracies.items() if seed in other]
+
+
+def groups(rows: Sequence[Row]) -> list[Group]:
+    """Rows by task, epochs and variant, in the order of their first appearance; of two with one seed the later counts."""
+    found: dict[tuple[str, int, str], dict[int, Row]] = {}
+    for row in rows:
+        found.setdefault((row["task"], row["epochs"], row["variant"]), {})[row["seed"]] = row
+    return [Group(task, epochs, variant, tuple(by.values())) for (task, epochs, variant), by in found.items()]
+
+
+def tiers(rows: Sequence[Row]) -> Iterator[tuple[str, int, list[Group]]]:
+    """What may be compared: the groups of one task and one number of epochs."""
+    everything = groups(rows)
+    for task, epochs in dict.fromkeys((group.task, group.epochs) for group in everything):
+        yield task, epochs, [group for group in everything if (group.task, group.epochs) == (task, epochs)]
+
+
+def markdown(recipe: Recipe, rows: Sequence[Row]) -> str:
+    """A table for each task and number of epochs."""
+    parts = [_tier(recipe, *tier) for tier in tiers(rows)]
+    return "\n\n".join(([recipe.note] if recipe.note else []) + parts)
+
+
+def _tier(recipe: Recipe, task: str, epochs: int, found: Sequence[Group]) -> str:
+    reference = next((group for group in found if group.variant == recipe.reference), None)
+    longest = max((group.rows[0]["exits"] for group in found), key=len)
+    lines: list[dict[str, Any]] = []
+    for group in found:
+        exits = {
+            name: f"{100 * statistics.fmean(row['accuracy'][row['exits'].index(name)] for row in group.rows):.1f}"
+            for name in group.rows[0]["exits"][:-1]
+        }
+        gaps = group.gap(reference) if reference is not None and group is not reference else []
+        published = recipe.published.get((task, group.variant))
+        lines.append(
+            {
+                "recipe": group.variant,
+                "flops": f"{group.mean('flops_ratio'):.3f}",
+                **exits,
+                "accuracy": spread(list(group.accuracies.values())),
+                "gap": spread(gaps, sign=True) if gaps else "",
+                "seeds": ", ".join(map(str, sorted(group.accuracies))),
+                "speed": group.mean("images_per_second"),
+                "peak": f"{group.mean('peak_bytes') / 2**20:,.0f}",
+                **({"published": f"{published:.2f}"} if published is not None else {}),
+            }
+        )
+    columns = {"recipe": "recipe", "flops": "FLOPs ×"} | {name: f"{name} %" for name in longest[:-1]}
+    columns |= {"accuracy": "accuracy %", "gap": f"points behind {recipe.reference}", "seeds": "seeds"}
+    columns |= {"speed": "images/s", "peak": "peak MiB"}
+    if any("published" in line for line in lines):
+        columns["published"] = "published %"
+    images = "{train_images:,} + {validation_images:,} images".format(**found[0].rows[0])
+    return f"{task}, {images}, {epochs} epochs\n\n{results.markdown_table(lines, columns)}"
+
+
+def spread(values: Sequence[float], *, sign: bool = False) -> str:
+    """``mean ± standard deviation``; one value has none, and shows as itself."""
+    mean = f"{statistics.fmean(values):{'+' if sign else ''}.2f}"
+    return f"{mean} ± {statistics.stdev(values):.2f}" if len(values) > 1 else mean
