@@ -369,6 +369,11 @@ class TrainConfig:
             raise UserError(
                 "--exact-epochs and --exact-every are for local objectives; end-to-end is exact throughout."
             )
+        if self.memory is not None and (self.exact_epochs or self.exact_every):
+            raise UserError(
+                "--memory plans for one kind of step, and --exact-epochs and --exact-every make it two: give --modules,"
+                " --micro-batch, --recompute and --residency instead, as 'fastlocal plan --objective end-to-end' prints them."
+            )
         if self.pretrained and self.initial_checkpoint is not None:
             raise UserError("--pretrained and --initial-checkpoint exclude each other: both say what to start from.")
         if self.torchcompile_mode is not None and not self.torchcompile:

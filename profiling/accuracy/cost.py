@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from dataclasses import replace
 
 import torch
@@ -20,18 +22,26 @@ def flops_ratio(config: TrainConfig, classes: int, image_size: int, steps: int) 
     """
     total = config.epochs * steps
     exact = sum(config.is_exact(step // steps, step) for step in range(total))
-    plain = replace(config, objective="end-to-end", modules=1, recompute="none", exact_epochs=0, exact_every=0)
-    cost = exact * _step_flops(config, classes, image_size, exact=True) if exact else 0
-    if exact < total:
-        cost += (total - exact) * _step_flops(config, classes, image_size, exact=False)
-    return cost / (total * _step_flops(plain, classes, image_size, exact=False))
+    once = replace(config, exact_epochs=0, exact_every=0)
+    cost = (total - exact) * _step_flops(_said(once), classes, image_size, exact=False)
+    if exact:
+        cost += exact * _step_flops(_said(once), classes, image_size, exact=True)
+    plain = replace(once, objective="end-to-end", modules=1, recompute="none")
+    return cost / (total * _step_flops(_said(plain), classes, image_size, exact=False))
 
 
-def _step_flops(config: TrainConfig, classes: int, image_size: int, *, exact: bool) -> int:
-    # Neither the size of the parts nor where tensors wait changes what is computed.
-    config = replace(
+def _said(config: TrainConfig) -> str:
+    """What the arithmetic of a step hangs on, as a text. The size of the parts and where tensors wait change nothing."""
+    kept = replace(
         config, micro_batch=None, residency="all", model_ema=False, torchcompile=False, torchcompile_mode=None
     )
+    kept = replace(kept, memory=None, seed=0, epochs=100, warmup_epochs=None, output="runs", experiment="")
+    return json.dumps(kept.to_dict())
+
+
+@functools.cache
+def _step_flops(options: str, classes: int, image_size: int, *, exact: bool) -> int:
+    config = TrainConfig.of(**json.loads(options))
     with torch.device("meta"):
         model = build_model(config, classes, image_size)
     with memory.dry_run():

@@ -193,3 +193,33 @@ def test_options_given_override_and_other_data_gets_its_own_name() -> None:
     assert job.config.model_kwargs == {"window_size": 2}
     assert job.task == "folder:elsewhere"
     assert study.find(job, [_row("end-to-end", 5, 0.5)]) is None
+
+
+@pytest.mark.parametrize("task", recipe.load("paper").tasks)
+def test_the_papers_table_runs_on_every_data_set(
+    task: str, torchvision_files: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paper = recipe.load("paper")
+    Path("data").mkdir()
+    torchvision_files(Path("data"), paper.tasks[task]["data"])
+    monkeypatch.setattr("fastlocal.profiling.accuracy.cost.flops_ratio", lambda *_: 1.0)
+    small = [
+        "--model-kwargs",
+        "embed_dim=24",
+        "depths=1,1,1,1",
+        "num_heads=1,2,4,8",
+        "--epochs",
+        "2",
+        "--batch-size",
+        "4",
+    ]
+    variants = ["end-to-end", "feature, conv, K=4", "image, conv, K=2"]
+    assert bench(["accuracy", "--recipe", "paper", "--tasks", task, "--variants", *variants, *small]) == 0
+    text = Path("profiling/results/accuracy/paper.md").read_text()
+    for variant in variants:
+        assert f"| {variant} " in text
+        if (task, variant) in paper.published:
+            assert f"| {paper.published[task, variant]:.2f} " in text
+    rows = results.read_rows(Path("profiling/results/accuracy/paper.jsonl"))
+    assert [len(row["curve"]) for row in rows] == [2, 2, 2]
+    assert {row["options"]["model_kwargs"]["patch_size"] for row in rows} == {4}

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
-import pickle
-import struct
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,97 +85,12 @@ def test_images_of_another_size_are_resized() -> None:
 
 # torchvision's formats, in tiny files
 
-
-@pytest.fixture
-def no_checksums(monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchvision checks the MD5 of its files, which ours cannot have; that they exist is still checked."""
-    from torchvision.datasets import cifar, stl10, svhn
-
-    for module in (cifar, stl10, svhn):
-        monkeypatch.setattr(module, "check_integrity", lambda path, md5=None: Path(path).is_file())
+TORCHVISION = ("cifar10", "cifar100", "stl10", "svhn", "fashion-mnist")
 
 
-def _some_images(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
-    generator = np.random.default_rng(count + size)
-    return generator.integers(0, 256, (count, 3, size, size), dtype=np.uint8), generator.integers(0, 10, count)
-
-
-def _write_cifar(root: Path, kind: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    ten = kind == "cifar10"
-    folder = root / ("cifar-10-batches-py" if ten else "cifar-100-python")
-    folder.mkdir()
-    training, test = ([f"data_batch_{i}" for i in range(1, 6)], "test_batch") if ten else (["train"], "test")
-    written = {}
-    for index, name in enumerate([*training, test]):
-        images, labels = _some_images(4 + index, 32)
-        entry = {"data": images.reshape(len(images), -1), ("labels" if ten else "fine_labels"): labels.tolist()}
-        (folder / name).write_bytes(pickle.dumps(entry))
-        written[name] = (images, labels)
-    key, meta = ("label_names", "batches.meta") if ten else ("fine_label_names", "meta")
-    names = [f"class {i}" for i in range(10 if ten else 100)]
-    (folder / meta).write_bytes(pickle.dumps({key: names}))
-    joined = tuple(np.concatenate([written[name][part] for name in training]) for part in (0, 1))
-    return {"train": (joined[0], joined[1]), "validation": written[test]}
-
-
-def _write_stl10(root: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    folder = root / "stl10_binary"
-    folder.mkdir()
-    written = {}
-    for split, name in (("train", "train"), ("validation", "test")):
-        images, labels = _some_images(3, 96)
-        images.transpose(0, 1, 3, 2).tofile(folder / f"{name}_X.bin")  # column-major pixels
-        (labels + 1).astype(np.uint8).tofile(folder / f"{name}_y.bin")
-        written[split] = (images, labels)
-    (folder / "class_names.txt").write_text("\n".join(f"class {i}" for i in range(10)))
-    for name in ("unlabeled_X.bin", "fold_indices.txt"):
-        (folder / name).touch()
-    return written
-
-
-def _write_svhn(root: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    from scipy.io import savemat
-
-    written = {}
-    for split, name, count in (("train", "train", 5), ("validation", "test", 3)):
-        images, labels = _some_images(count, 32)
-        stored = np.where(labels == 0, 10, labels)[:, None]
-        savemat(root / f"{name}_32x32.mat", {"X": images.transpose(2, 3, 1, 0), "y": stored.astype(np.uint8)})
-        written[split] = (images, labels)
-    return written
-
-
-def _write_fashion_mnist(root: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    folder = root / "FashionMNIST" / "raw"
-    folder.mkdir(parents=True)
-    written = {}
-    for split, name, count in (("train", "train", 5), ("validation", "t10k", 3)):
-        images, labels = _some_images(count, 28)
-        grey = images[:, 0]
-        for kind, header, content in (
-            ("images-idx3", struct.pack(">IIII", 0x803, count, 28, 28), grey),
-            ("labels-idx1", struct.pack(">II", 0x801, count), labels.astype(np.uint8)),
-        ):
-            data = header + content.tobytes()
-            (folder / f"{name}-{kind}-ubyte").write_bytes(data)
-            (folder / f"{name}-{kind}-ubyte.gz").write_bytes(gzip.compress(data))
-        written[split] = (np.repeat(grey[:, None], 3, axis=1), labels)
-    return written
-
-
-WRITERS: dict[str, Callable[[Path], dict[str, tuple[np.ndarray, np.ndarray]]]] = {
-    "cifar10": lambda root: _write_cifar(root, "cifar10"),
-    "cifar100": lambda root: _write_cifar(root, "cifar100"),
-    "stl10": _write_stl10,
-    "svhn": _write_svhn,
-    "fashion-mnist": _write_fashion_mnist,
-}
-
-
-@pytest.mark.parametrize("data", WRITERS)
-@pytest.mark.usefixtures("no_checksums")
-def test_torchvision_formats_are_read_pixel_by_pixel(tmp_path: Path, data: str) -> None:
-    for name, (images, labels) in WRITERS[data](tmp_path).items():
+@pytest.mark.parametrize("data", TORCHVISION)
+def test_torchvision_formats_are_read_pixel_by_pixel(tmp_path: Path, data: str, torchvision_files: Any) -> None:
+    for name, (images, labels) in torchvision_files(tmp_path, data).items():
         split = _memory(name, data=data, data_dir=str(tmp_path))
         assert np.array_equal(split.images.numpy(), images)
         assert np.array_equal(split.labels.numpy(), labels)
@@ -187,7 +98,7 @@ def test_torchvision_formats_are_read_pixel_by_pixel(tmp_path: Path, data: str) 
         assert split.image_size == images.shape[-1]
 
 
-@pytest.mark.parametrize("data", WRITERS)
+@pytest.mark.parametrize("data", TORCHVISION)
 def test_a_missing_data_set_says_which_flag_to_add(tmp_path: Path, data: str) -> None:
     with pytest.raises(UserError, match=r"--download .*--data-dir"):
         _read(data=data, data_dir=str(tmp_path))
