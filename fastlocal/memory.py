@@ -5,7 +5,8 @@ How bytes are counted
     made it to the moment the last tensor, view or autograd node lets go of it. An operation's results count while its
     arguments still live, as they do on a device. Tensors that existed before the step count from the start if they
     are given to the `Meter`, and otherwise from the first operation that reads them.
-    A fused op of fastlocal counts the scratch memory that it documents (``workspace_bytes``) beside its results.
+    A fused op of fastlocal counts the scratch memory that it documents (``workspace_bytes``) beside its results, but
+    not on real CPU tensors, where its reference runs in other memory.
     Not counted: scratch memory inside any other operation (a convolution's workspace), the allocator's rounding (512
     bytes on CUDA) and fragmentation. On CUDA the meter reports torch's own peak beside its own, which includes the
     first two.
@@ -328,6 +329,8 @@ class Meter(TorchDispatchMode):
             if self._pool(copied) != self._pool(result):
                 self.traffic += copied.nbytes
         if func.namespace == "fastlocal" and (scratch := _SCRATCH.get(func._schema.name)) is not None:
+            if args[0].device.type == "cpu" and not is_dry_run():
+                return result  # the reference runs here, without the kernel's scratch memory
             record = _Record(str(args[0].device), "temporary")
             self._count(record, scratch(*args))
             self._count(record, 0)

@@ -93,6 +93,8 @@ class Residency:
         else:
             for parameter in slab_of:
                 parameter.data = parameter.data.contiguous()  # a slice of it is a view
+        for index in range(len(optimizers)):
+            self.park_states(index)  # of optimizers that come with theirs, as Adagrad does, or have stepped before
 
     @contextmanager
     def on_device(self, index: int, upcoming: int | None) -> Iterator[None]:
