@@ -14,7 +14,7 @@ class StepMetrics:
 
     Attributes:
         loss: [exits] fp32, each classifier's cross-entropy, a mean over the batch. Every module has a classifier, except
-            that exact gradients use the last one only.
+            with ``objective="end-to-end"``, which has the last one only.
         correct: [exits], how many samples each classifier got right (against the likelier label, if labels are soft).
         regularizer: [exits] fp32, reconstruction or transport term before its weight; 0 where there is none.
         gradient_norm: [modules] fp32, before clipping.

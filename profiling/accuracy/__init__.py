@@ -60,20 +60,20 @@ def main(argv: list[str]) -> int:
     variants = _among("--variants", asked["variants"], chosen.variants)
     # All are checked before the first one trains.
     jobs = list(recipe.jobs(name, chosen, given, tasks, variants))
-    path, rows = folder / f"{name}.jsonl", []
+    path, rows, code = folder / f"{name}.jsonl", [], 0
     try:
         for row in study.run(jobs, path):
             rows.append(row)
             print(f"\n{table.markdown(chosen, rows)}\n")
     except study.Stopped:
-        return 130
-    if name != "objectives":
+        code = 130
+    if path.exists() and name in recipe.names():
         rows = results.read_rows(path)  # the folder shows all there is, not only what was asked for now
         drawn = plots.draw(name, chosen, rows, folder)
         pictures = "".join(f"\n![{file.stem}]({file.name})\n" for file in drawn)
         (folder / f"{name}.md").write_text(f"{table.markdown(chosen, rows)}\n{pictures}")
         print(f"{folder / name}.md: {len(rows)} rows")
-    return 0
+    return code
 
 
 def _objectives(given: dict[str, Any], objectives: list[str] | tuple[str, ...]) -> Any:

@@ -108,7 +108,9 @@ def test_end_to_end_gradients_in_double_precision(build: Build, batch: Batch, fa
         assert error(gradients(model, batch, objective="end-to-end", modules=modules), expected) < 1e-9
 
 
-@pytest.mark.parametrize("options", [{}, {"micro_batch": 3, "recompute": "block"}, {"lookahead": 1}])
+@pytest.mark.parametrize(
+    "options", [{}, {"micro_batch": 3, "recompute": "block"}, {"lookahead": 1, "residency": "module"}]
+)
 @pytest.mark.parametrize("objective", LOCAL)
 @pytest.mark.parametrize("family", ["swin", "vit"])
 def test_an_exact_step_of_a_local_objective_is_backpropagation(

@@ -20,6 +20,7 @@ from fastlocal.profiling.accuracy.cost import flops_ratio
 from fastlocal.profiling.cli import bench
 from fastlocal.train.config import TrainConfig
 
+ROOT = Path(__file__).parents[2]
 TINY = [
     *("--model", "vit_tiny_patch16_224", "--model-kwargs", "patch_size=2", "embed_dim=16", "depth=3", "num_heads=2"),
     *("--modules", "3", "--epochs", "2", "--batch-size", "16", "--train-limit", "64", "--val-limit", "40"),
@@ -106,6 +107,7 @@ def test_a_study_has_a_row_per_run_and_tells_price_and_gap(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(recipe, "load", lambda name: STUDY)
+    monkeypatch.setattr(recipe, "names", lambda: ["tiny"])
     assert bench(["accuracy", "--recipe", "tiny", "--results", "rows"]) == 0
     path = Path("rows/accuracy/tiny.jsonl")
     rows = results.read_rows(path)
@@ -193,6 +195,19 @@ def test_options_given_override_and_other_data_gets_its_own_name() -> None:
     assert job.config.model_kwargs == {"window_size": 2}
     assert job.task == "folder:elsewhere"
     assert study.find(job, [_row("end-to-end", 5, 0.5)]) is None
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / results.RESULTS / "accuracy").glob("*.jsonl")), ids=lambda path: path.stem
+)
+def test_what_is_shown_is_what_the_rows_say(path: Path) -> None:
+    rows = results.read_rows(path)
+    text = table.markdown(recipe.load(path.stem), rows)
+    assert path.with_suffix(".md").read_text().startswith(text)
+    if path.stem == "digits":  # the README's
+        assert text.partition("\n\n")[2] in (ROOT / "README.md").read_text()
+    for row in rows:
+        assert {"commit", "date", "torch", "curve", "flops_ratio", "peak_bytes", "images_per_second"} <= row.keys()
 
 
 @pytest.mark.parametrize("task", recipe.load("paper").tasks)
