@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,3 +25,22 @@ class CompileCase:
     num_stages: int
     dtype: torch.dtype  # of the tensors the kernel reads
     has_dot: bool  # needs tensor cores, so compute capability 8.0
+
+
+WIDE_WARP = 64  # lanes of a wavefront on AMD's CDNA; every other card has 32
+
+
+def narrower(num_warps: int, lanes: int) -> int:
+    """Warps of a block, chosen for 32 lanes, on a card with ``lanes``: 4 wide ones have 512 registers a lane, 8 have
+    256, and the kernels would spill."""
+    return min(num_warps, 4) if lanes == WIDE_WARP else num_warps
+
+
+@functools.cache
+def _lanes(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).warp_size if device.type == "cuda" else 32
+
+
+def warps_on(device: torch.device, num_warps: int) -> int:
+    """`narrower` for the card at hand."""
+    return narrower(num_warps, _lanes(device))

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlocal.kernels import dispatch
-from fastlocal.kernels.cases import CompileCase
+from fastlocal.kernels.cases import CompileCase, warps_on
 
 EPS: tl.constexpr = tl.constexpr(1e-6)
 
@@ -38,7 +38,8 @@ def _patch_offset(pixel, UPSAMPLE: tl.constexpr, row_stride, column_stride):
     return row * row_stride + column * column_stride
 
 
-@triton.jit
+# One binary for all image sizes: the rows of hidden are known to be aligned by UNIT.
+@triton.jit(do_not_specialize=["tokens", "height", "width", "channels", "hidden_batch", "hidden_row", "hidden_column"])
 def _residual_kernel(
     hidden_ptr, weight_ptr, bias_ptr, target_ptr, mean_ptr, rstd_ptr, upstream_ptr, d_bias_ptr, out_ptr,
     tokens, height, width, channels,
@@ -110,7 +111,7 @@ def _residual_kernel(
         tl.store(out_ptr + tl.cast(block, tl.int64) * tokens + token, tl.sum(loss, 1), mask=token_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "height", "width"])
 def _statistics_kernel(
     target_ptr, mean_ptr, rstd_ptr,
     tokens, height, width,
@@ -231,7 +232,7 @@ def _launch(
         UPCAST=dispatch.interpreting() and hidden.dtype == torch.bfloat16,  # interpreted bfloat16 products are wrong
         UNIT=unit, UPSAMPLE=upsample, TARGET_CHANNELS=target_channels,
         BLOCK_TOKENS=blocks.tokens, BLOCK_OUTPUTS=blocks.outputs, BLOCK_CHANNELS=blocks.channels,
-        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        num_warps=warps_on(hidden.device, blocks.num_warps), num_stages=blocks.num_stages,
     )  # fmt: skip
 
 

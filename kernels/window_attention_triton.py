@@ -23,7 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlocal.kernels import dispatch
-from fastlocal.kernels.cases import CompileCase
+from fastlocal.kernels.cases import CompileCase, warps_on
 
 TABLE_ENTRIES = 16  # per program of `_sum_by_relative_position`
 
@@ -382,9 +382,11 @@ def _blocks(kernel: Any, tokens: int, head_dim: int, dtype: torch.dtype) -> _Blo
         if head_dim <= 32:
             return _Blocks(row, row, num_warps=row // 16, num_stages=1, resident=2)
         return _Blocks(32, row, num_warps=4, num_stages=2, resident=2)
+    if kernel is _forward:
+        return _Blocks(64, 64 if head_dim <= 64 else 32, num_warps=4, num_stages=1, resident=2)
     if head_dim <= 32:
-        return _Blocks(16, row, num_warps=4, num_stages=1, resident=3 if kernel is _forward else 2)
-    return _Blocks(32 if kernel is _forward else 16, row, num_warps=8, num_stages=1, resident=1)
+        return _Blocks(16, row, num_warps=4, num_stages=1, resident=2)
+    return _Blocks(16, row, num_warps=8, num_stages=1, resident=1)
 
 
 def _constants(
@@ -432,7 +434,7 @@ def forward(
     _forward[(num_heads, _slices(qkv.device, windows, num_heads, tiles, blocks.resident), tiles)](
         qkv.contiguous(), table, out, windows, height, width, table.stride(1), table.stride(0), scale,
         **_constants(num_heads, head_dim, window, shift, blocks),
-        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        num_warps=warps_on(qkv.device, blocks.num_warps), num_stages=blocks.num_stages,
     )  # fmt: skip
     return out
 
@@ -460,7 +462,7 @@ def backward(
     _backward[(num_heads, slices, tiles)](
         d_out, qkv, table, d_qkv, d_bias, *rows, *geometry, BIAS_GRADIENT=needs_table,
         **_constants(num_heads, head_dim, window, shift, blocks),
-        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        num_warps=warps_on(qkv.device, blocks.num_warps), num_stages=blocks.num_stages,
     )  # fmt: skip
     if tiles > 1:
         blocks_of_keys = _blocks(_backward_keys, tokens, head_dim, qkv.dtype)
@@ -468,7 +470,7 @@ def backward(
         _backward_keys[(num_heads, _slices(qkv.device, windows, num_heads, tiles, blocks_of_keys.resident), tiles)](
             d_out, qkv, table, d_qkv, *rows, *geometry,
             **_constants(num_heads, head_dim, window, shift, blocks_of_keys),
-            num_warps=blocks_of_keys.num_warps, num_stages=blocks_of_keys.num_stages,
+            num_warps=warps_on(qkv.device, blocks_of_keys.num_warps), num_stages=blocks_of_keys.num_stages,
         )  # fmt: skip
     if needs_table:
         _sum_by_relative_position[(num_heads, triton.cdiv(len(bias_table), TABLE_ENTRIES))](

@@ -1,10 +1,10 @@
 """Compile every shipped kernel configuration for every supported architecture, without a GPU, and read the machine
 code.
 
-ptxas, cuobjdump and nvdisasm come with Triton's wheel, so registers, spills, shared memory and tensor-core instructions
-are facts before the first card is at hand. Compiling happens in worker processes: a process that runs Triton's
-interpreter (the tests do) cannot also compile. The report file is its own cache: a row is taken over when its kernel's
-source, configuration, Triton version and architecture are unchanged.
+ptxas, cuobjdump and nvdisasm come with Triton's wheel, and so does a compiler for AMD, so registers, spills, shared
+memory and tensor-core instructions are facts before the first card is at hand. Compiling happens in worker processes: a
+process that runs Triton's interpreter (the tests do) cannot also compile. The report file is its own cache: a row is
+taken over when its kernel's source, configuration, Triton version and architecture are unchanged.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ SAVE_EVERY = 20
 
 @dataclass(frozen=True)
 class Architecture:
-    """The limits of one compute capability (CUDA C Programming Guide, table "technical specifications")."""
+    """The limits of one compute capability (CUDA C Programming Guide, table "technical specifications") or of one AMD
+    processor (its instruction set guide). A warp is AMD's wavefront, a multiprocessor its compute unit."""
 
-    capability: int
+    target: int | str  # Triton's: compute capability, or AMD's name
     shared_bytes_per_block: int  # the opt-in maximum
     shared_bytes_per_multiprocessor: int
     warps_per_multiprocessor: int
@@ -48,10 +49,17 @@ class Architecture:
         str  # what a product of bf16 or fp16 tiles compiles to: alternatives of a regular expression
     )
     registers_per_multiprocessor: int = 65536
+    registers_allocated_at_once: int = 256  # per warp
+    threads_per_warp: int = 32
 
     @property
     def name(self) -> str:
-        return f"sm_{self.capability}"
+        return self.target if isinstance(self.target, str) else f"sm_{self.target}"
+
+    @property
+    def reserved_shared_bytes(self) -> int:
+        """What the system keeps of each block's shared memory."""
+        return 1024 if isinstance(self.target, int) and self.target >= 80 else 0
 
 
 _KIB = 1024
@@ -65,6 +73,11 @@ ARCHITECTURES = {
         Architecture(90, 227 * _KIB, 228 * _KIB, 64, 32, "HGMMA|HMMA"),
         Architecture(100, 227 * _KIB, 228 * _KIB, 64, 32, "UTC[A-Z]*MMA|HMMA"),
         Architecture(120, 99 * _KIB, 100 * _KIB, 48, 24, "HMMA"),
+        # CDNA 3: 4 SIMDs of 512 registers × 64 lanes, vector and accumulation registers in one file.
+        Architecture("gfx942", 64 * _KIB, 64 * _KIB, 32, 32, r"v_mfma\w*", 4 * 512 * 64, 8 * 64, 64),
+        # RDNA 3 and 4: a compute unit is half of a workgroup processor; 2 SIMDs of 1536 registers × 32 lanes.
+        Architecture("gfx1100", 64 * _KIB, 64 * _KIB, 32, 32, r"v_wmma\w*", 2 * 1536 * 32, 24 * 32),
+        Architecture("gfx1201", 64 * _KIB, 64 * _KIB, 32, 32, r"v_s?wmma\w*", 2 * 1536 * 32, 24 * 32),
     )
 }
 
@@ -215,7 +228,8 @@ def _list_cases() -> list[tuple[str, str, str]]:
 
 
 def _architectures_of(case: CompileCase) -> list[str]:
-    """Where a case is reported: everywhere from compute capability 8.0, and on 7.5 without a product or bfloat16.
+    """Where a case is reported: everywhere from compute capability 8.0, on 7.5 without a product or bfloat16, and on
+    AMD without float16, whose code is bfloat16's.
 
     Products in float32 are left out: exact ones run without tensor cores, for checking, and may spill.
     """
@@ -223,7 +237,11 @@ def _architectures_of(case: CompileCase) -> list[str]:
     if case.has_dot and dtype == "float32":
         return []
     lowest = 80 if case.has_dot or dtype == "bfloat16" else 75
-    return [name for name, architecture in ARCHITECTURES.items() if architecture.capability >= lowest]
+    return [
+        name
+        for name, architecture in ARCHITECTURES.items()
+        if (dtype != "float16" if isinstance(architecture.target, str) else architecture.target >= lowest)
+    ]
 
 
 def _key(case: CompileCase) -> str:
@@ -258,12 +276,14 @@ def _measure(name: str, key: str, architecture_name: str) -> Measurement:
 
 def measure(case: CompileCase, architecture: Architecture, key: str) -> Measurement:
     """Compile one case for one architecture, which need not be present. The interpreter must be off."""
+    from fastlocal.kernels.cases import narrower
+
     facts: dict[str, Any] = {
         "case": case.name,
         "architecture": architecture.name,
         "dtype": str(case.dtype).removeprefix("torch."),
         "has_dot": case.has_dot,
-        "warps": case.num_warps,
+        "warps": narrower(case.num_warps, architecture.threads_per_warp),
         "shared_limit": architecture.shared_bytes_per_block,
         "key": key,
     }
@@ -276,14 +296,13 @@ def measure(case: CompileCase, architecture: Architecture, key: str) -> Measurem
         reason = (str(error).strip() or repr(error)).split("\n")[0]
         return Measurement(**facts, **nothing, occupancy=0.0, error=reason)
 
-    usage, machine_code = _disassemble(compiled.asm["cubin"])
-    registers = int(re.findall(r"REG:(\d+)", usage)[-1])
+    registers, spill_bytes, machine_code = _amd_code(compiled) if "amdgcn" in compiled.asm else _nvidia_code(compiled)
     shared = int(compiled.metadata.shared)
     blocks = resident_blocks(architecture, compiled.metadata.num_warps, registers, shared)
     return Measurement(
         **facts,
         registers=registers,
-        spill_bytes=sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage)),
+        spill_bytes=spill_bytes,
         shared_bytes=shared,
         tensor_core_instructions=len(re.findall(rf"\b(?:{architecture.tensor_core_instructions})\b", machine_code)),
         blocks_per_multiprocessor=blocks,
@@ -297,6 +316,8 @@ def _compile(case: CompileCase, architecture: Architecture) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from fastlocal.kernels.cases import narrower
+
     # ASTSource wants every argument in the signature, in order, and pointers' alignment as an attribute.
     signature = {name: case.signature.get(name, "constexpr") for name in case.kernel.arg_names}
     attributes = {
@@ -306,20 +327,38 @@ def _compile(case: CompileCase, architecture: Architecture) -> Any:
     }
     return triton.compile(
         ASTSource(case.kernel, signature, dict(case.constexprs), attributes),
-        target=GPUTarget("cuda", architecture.capability, 32),
-        options={"num_warps": case.num_warps, "num_stages": case.num_stages},
+        target=GPUTarget(
+            "hip" if isinstance(architecture.target, str) else "cuda",
+            architecture.target,
+            architecture.threads_per_warp,
+        ),
+        options={
+            "num_warps": narrower(case.num_warps, architecture.threads_per_warp),
+            "num_stages": case.num_stages,
+        },
     )
 
 
-def _disassemble(binary: bytes) -> tuple[str, str]:
-    """What cuobjdump says of the resources of a cubin, and its machine code as text."""
+def _nvidia_code(compiled: Any) -> tuple[int, int, str]:
+    """Registers and spilled bytes per thread, as cuobjdump says, and the machine code as text."""
     from triton import knobs
 
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary)
+        file.write(compiled.asm["cubin"])
         file.flush()
         usage = _run(knobs.nvidia.cuobjdump.path, "--dump-resource-usage", file.name)
-        return usage, _run(knobs.nvidia.nvdisasm.path, "-c", file.name)
+        machine_code = _run(knobs.nvidia.nvdisasm.path, "-c", file.name)
+    spilled = sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+    return int(re.findall(r"REG:(\d+)", usage)[-1]), spilled, machine_code
+
+
+def _amd_code(compiled: Any) -> tuple[int, int, str]:
+    """The same from the assembly's own metadata. Scalar registers that spill into lanes of vector ones touch no memory."""
+    assembly = compiled.asm["amdgcn"]
+    registers, scratch = (
+        int(re.findall(rf"\.{name}:\s+(\d+)", assembly)[-1]) for name in ("vgpr_count", "private_segment_fixed_size")
+    )
+    return registers, scratch, assembly
 
 
 def _run(*command: str) -> str:
@@ -327,10 +366,12 @@ def _run(*command: str) -> str:
 
 
 def resident_blocks(architecture: Architecture, warps: int, registers: int, shared_bytes: int) -> int:
-    """Blocks of ``warps`` warps that one multiprocessor holds at once, by NVIDIA's occupancy rules."""
-    registers_per_warp = -(-registers * 32 // 256) * 256  # allocated 256 at a time
-    reserved = 1024 if architecture.capability >= 80 else 0  # shared memory that the system keeps of each block's
+    """Blocks of ``warps`` warps that one multiprocessor holds at once, by the vendor's occupancy rules."""
+    at_once = architecture.registers_allocated_at_once
+    registers_per_warp = -(-registers * architecture.threads_per_warp // at_once) * at_once
     by_registers = architecture.registers_per_multiprocessor // registers_per_warp // warps
-    by_shared = architecture.shared_bytes_per_multiprocessor // max(1, shared_bytes + reserved)
+    by_shared = architecture.shared_bytes_per_multiprocessor // max(
+        1, shared_bytes + architecture.reserved_shared_bytes
+    )
     by_warps = architecture.warps_per_multiprocessor // warps
     return min(by_registers, by_shared, by_warps, architecture.blocks_per_multiprocessor)

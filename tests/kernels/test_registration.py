@@ -207,3 +207,47 @@ def test_backward_runs_what_its_forward_ran(case: Case, chosen: Any, monkeypatch
     with use_kernels("reference" if chosen == "triton" else "triton"):
         out.sum().backward()
     assert ran == [chosen] * 2
+
+
+# --- One binary -------------------------------------------------------------------------------------------------------
+
+
+def test_one_binary_for_every_image_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling takes seconds: training at many sizes must not do it for each."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    binaries: set[tuple[Any, ...]] = set()
+    run = InterpretedFunction.run
+
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> Any:
+        binaries.add(_specialization(self, args, kwargs))
+        return run(self, *args, **kwargs)
+
+    monkeypatch.setattr(InterpretedFunction, "run", recorded)
+    counts = []
+    for height, width in ((4, 4), (4, 8), (16, 4), (12, 20)):
+        qkv, table = torch.randn(1, height, width, 48), torch.randn(49, 1)
+        hidden, weight, target = torch.randn(1, height, width, 16), torch.randn(8, 16), torch.randn(1, height, width, 8)
+        with use_kernels("triton"):
+            _eager_gradients(lambda *x: window_attention(*x, num_heads=1, window_size=4, shift=2), (qkv, table))
+            _eager_gradients(lambda *x, target=target: reconstruction_loss(*x, None, target), (hidden, weight))
+        counts.append(len(binaries))
+    assert counts[0] == counts[-1] == 5, sorted(binaries)  # forward, backward, sum; loss, gradient
+
+
+def _specialization(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+    """What Triton compiles a binary for: constants, types, and of integers whether they are 1 or multiples of 16."""
+    plain = function.kwargs.get("do_not_specialize") or ()
+    given = dict(zip(function.arg_names, args, strict=False)) | kwargs
+    return (
+        function.fn.__name__,
+        *((name, _kind(value, name in plain)) for name, value in given.items() if name != "grid"),
+    )
+
+
+def _kind(value: Any, plain: bool) -> Any:
+    if isinstance(value, Tensor):
+        return value.dtype
+    if isinstance(value, bool) or not isinstance(value, int):
+        return type(value) if isinstance(value, float) else value
+    return int if plain else (value == 1, value % 16 == 0)

@@ -81,7 +81,9 @@ def test_problems(change: dict[str, Any], problem: str) -> None:
 )
 def test_where_a_kernel_is_reported(dtype: torch.dtype, has_dot: bool, lowest: str | None) -> None:
     case = CompileCase("", None, {}, {}, 4, 1, dtype, has_dot)
-    assert (compile_report._architectures_of(case) or [None])[0] == lowest
+    names = compile_report._architectures_of(case)
+    assert (names or [None])[0] == lowest
+    assert ("gfx942" in names) == (dtype != torch.float16 and lowest is not None)
 
 
 @pytest.mark.parametrize(
@@ -93,6 +95,10 @@ def test_where_a_kernel_is_reported(dtype: torch.dtype, has_dot: bool, lowest: s
         ("sm_86", 8, 32, 0, 6),  # 48 warps
         ("sm_86", 4, 32, 32 * 1024, 3),  # 100 KiB, and 1 KiB of each block's 33 is the system's
         ("sm_90", 4, 255, 0, 2),
+        ("gfx942", 4, 128, 0, 4),  # 4 SIMDs of 512 registers: 4 wavefronts each
+        ("gfx942", 4, 257, 0, 1),  # 257 round up to 264
+        ("gfx1100", 4, 256, 0, 2),  # 2 SIMDs of 1536: 5 wavefronts each by 264
+        ("gfx1201", 4, 64, 32 * 1024, 2),
     ],
 )
 def test_resident_blocks(architecture: str, warps: int, registers: int, shared: int, blocks: int) -> None:
@@ -172,16 +178,17 @@ def row(kernel, signature, constants, warps, dtype, has_dot, architecture):
     return vars(measure(case, ARCHITECTURES[architecture], ""))
 
 pointers = {"a": "*bf16", "b": "*bf16", "c": "*fp32"}
-clean = [row(product, pointers, {"SIZE": 64}, 4, torch.bfloat16, True, name) for name in ("sm_80", "sm_90", "sm_100")]
+targets = ("sm_80", "sm_90", "sm_100", "gfx942", "gfx1100", "gfx1201")
+clean = [row(product, pointers, {"SIZE": 64}, 4, torch.bfloat16, True, name) for name in targets]
 # 512 registers of values for each thread of one warp, all alive until their sum is known.
-sizes = {"ROWS": 64, "COLUMNS": 256}
-spilled = row(normalize, {"a": "*fp32", "c": "*fp32"}, sizes, 1, torch.float32, False, "sm_80")
+sizes, spilling = {"ROWS": 64, "COLUMNS": 256}, ("sm_80", "gfx1100")
+spilled = [row(normalize, {"a": "*fp32", "c": "*fp32"}, sizes, 1, torch.float32, False, name) for name in spilling]
 print(json.dumps([clean, spilled]))
 """
 
 
 def test_measures_compiled_code(tmp_path: Path) -> None:
-    """A small product is clean on three generations of tensor cores; a tile beyond the registers spills."""
+    """A small product is clean on three generations of tensor cores and on AMD's; a tile beyond the registers spills."""
     script = tmp_path / "scratch.py"
     script.write_text(SCRATCH)
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -192,7 +199,7 @@ def test_measures_compiled_code(tmp_path: Path) -> None:
         assert measurement.tensor_core_instructions > 0
         assert 16 < measurement.registers <= 255
         assert 0 < measurement.occupancy <= 1
-    huge = Measurement(**spilled)
-    assert huge.spill_bytes > 0
-    assert huge.problems == [f"spills {huge.spill_bytes} bytes per thread"]
-    assert huge.tensor_core_instructions == 0
+    for huge in (Measurement(**row) for row in spilled):
+        assert huge.spill_bytes > 0
+        assert huge.problems == [f"spills {huge.spill_bytes} bytes per thread"]
+        assert huge.tensor_core_instructions == 0
