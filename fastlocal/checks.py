@@ -49,6 +49,10 @@ def check_labels(labels: Tensor, batch: int, classes: int) -> None:
     if labels.ndim == 2 and labels.is_floating_point():
         if labels.shape != (batch, classes):
             raise ValueError(f"labels must be [{batch}, {classes}] probabilities, got {list(labels.shape)}.")
+        if _may_look(labels):
+            off = (labels.double().sum(1) - 1).abs().max().item()
+            if not (off <= 0.01 and labels.min() >= 0):
+                raise ValueError("labels: a row holds no probabilities; each must be from 0 to 1, and their sum 1.")
         return
     if labels.shape != (batch,) or labels.dtype != torch.int64:
         raise ValueError(

@@ -61,7 +61,7 @@ class LocalTrainer:
         device: where to train. Default: where the model is.
         clip_grad: largest gradient norm of a module.
         label_smoothing: of the cross-entropy.
-        ema_decay: keep an exponential moving average of the model, with timm's ModelEmaV3, in ``ema``.
+        ema_decay: keep an exponential moving average of the model, with timm's ModelEmaV3 and its warm-up, in ``ema``.
         normalize: (mean, std) per channel, for uint8 images, which are scaled to [0, 1] and normalized part by part.
             Default: the model's ``pretrained_cfg``.
         kernels: ``"auto"``, ``"triton"`` or ``"reference"``; see `fastlocal.kernels`.
@@ -131,8 +131,12 @@ class LocalTrainer:
         self.model = model
         self.backbone = backbone(model)
         self.classes = cast(int, model.num_classes)
-        if self.classes < 1:
-            raise ValueError("model has no classifier (num_classes=0); build it with the number of classes.")
+        if self.classes < 2:
+            raise ValueError(
+                f"model has num_classes={self.classes}, with which there is nothing to tell apart; build it with at least 2."
+            )
+        if not any(parameter.requires_grad for parameter in model.parameters()):
+            raise ValueError("model: every parameter is frozen (requires_grad=False), so there is nothing to train.")
         self.spans = partition(self.backbone, modules)
         self.objective: Objective = OBJECTIVES[objective](first_target)
         self.kernels: Choice = kernels
@@ -378,7 +382,9 @@ def _mean_std(
 def _average(model: nn.Module, decay: float, device: torch.device, residency: Keep) -> ModelEmaV3:
     """The moving average of ``model``, on the host if the model's parameters live there."""
     on_host = residency == "module"
-    ema = ModelEmaV3(model, decay=decay, device=torch.device("cpu") if on_host else None, foreach=not on_host)
+    device_of_average = torch.device("cpu") if on_host else None
+    # Without warm-up a short run would average in little but the weights that it started from.
+    ema = ModelEmaV3(model, decay=decay, use_warmup=True, device=device_of_average, foreach=not on_host)
     if on_host:
         for value in ema.module.state_dict().values():
             memory.on_host(value)

@@ -72,17 +72,3 @@ def mix_batch(
     even = len(images) // 2 * 2
     mixed, soft = mixup(images[:even].float(), labels[:even])
     return mixed.round().to(torch.uint8), soft
-
-
-def file_transform(size: int, training: bool, hflip: bool) -> Callable[[object], Tensor]:
-    """From a PIL image to uint8 [3, size, size]: random resized crop and flip, or resize and center crop.
-
-    The validation crop keeps 7/8 of the shorter side (224 of 256).
-    """
-    from torchvision.transforms import v2
-
-    if training:
-        steps = [v2.RandomResizedCrop(size, antialias=True), *([v2.RandomHorizontalFlip()] if hflip else [])]
-    else:
-        steps = [v2.Resize(round(size * 8 / 7), antialias=True), v2.CenterCrop(size)]
-    return v2.Compose([*steps, v2.PILToTensor()])

@@ -22,16 +22,26 @@ Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 FAMILIES = ["swin*", "vit*", "deit*", "beit*", "eva02*"]
 
 
-def designed_size(model: str) -> int:
-    """Height and width in pixels that timm designed ``model`` for.
+def pretrained_configuration(model: str) -> dict[str, Any]:
+    """What timm knows of the weights of ``model``: the size of its input, mean, std, crop, interpolation.
 
     Raises:
-        UserError: timm has no such model; the nearest name is suggested.
+        UserError: timm has no such model or no such weights; what comes nearest is suggested.
     """
-    if not timm.is_model(model):
+    name, _, tag = model.partition(".")
+    if not timm.is_model(name):
         raise UserError(f"--model {model!r} is not known to timm{nearest(model, timm.list_models(FAMILIES))}")
-    designed = timm.get_pretrained_cfg(model, allow_unregistered=True)
-    return int(designed.input_size[-1]) if designed else 224
+    known = timm.get_pretrained_cfg(name, allow_unregistered=True)
+    if tag:
+        tags = [entry.partition(".")[2] for entry in timm.list_pretrained(f"{name}.*")]
+        if tag not in tags:
+            raise UserError(
+                f"--model {model!r}: timm has no weights {tag!r} for {name}{nearest(tag, tags)[:-1]}"
+                f" (it has {', '.join(tags) or 'none'})."
+            )
+        known = timm.get_pretrained_cfg(model)
+    found = known.to_dict() if known else {}
+    return {**found, "input_size": found.get("input_size") or (3, 224, 224)}
 
 
 def build_device(config: TrainConfig) -> torch.device:
@@ -55,8 +65,8 @@ def build_device(config: TrainConfig) -> torch.device:
     return device
 
 
-def build_model(config: TrainConfig, classes: int, image_size: int, *, start: bool = False) -> nn.Module:
-    """The timm model for square images of ``image_size`` pixels.
+def build_model(config: TrainConfig, classes: int, image_size: tuple[int, int], *, start: bool = False) -> nn.Module:
+    """The timm model for images of ``image_size``, height and width in pixels.
 
     Args:
         start: with the weights that the run starts from, ``--pretrained`` or ``--initial-checkpoint``; else untrained.
@@ -65,7 +75,7 @@ def build_model(config: TrainConfig, classes: int, image_size: int, *, start: bo
         UserError: the architecture is not supported, refuses an argument, does not fit the image size, or there are no
             such weights.
     """
-    arguments = {"drop_path_rate": config.drop_path, "img_size": image_size, **config.model_kwargs}
+    arguments = {"drop_path_rate": config.drop_path, **config.model_kwargs, **input_arguments(config, image_size)}
     if start and config.pretrained:
         arguments["pretrained"] = True
     try:
@@ -77,13 +87,13 @@ def build_model(config: TrainConfig, classes: int, image_size: int, *, start: bo
             f"--model {config.model} cannot be built with {given}: {' '.join(str(error).split()).rstrip('.')}."
         ) from None
     backbone(model)  # refuses an unsupported architecture
-    patch = max(cast(Any, model).patch_embed.patch_size)
-    if image_size % patch:
+    patch = cast(Any, model).patch_embed.patch_size
+    if any(side % step for side, step in zip(image_size, patch, strict=True)):
         raise UserError(
-            f"--model {config.model} does not fit images of {image_size} pixels, which is no multiple of its patch"
-            f" size, {patch}; change either with --model-kwargs img_size=… patch_size=…."
+            f"--model {config.model} does not fit images of {pixels(image_size)} pixels, which is no multiple of its patch"
+            f" size, {max(patch)}; change either with --img-size or --model-kwargs patch_size=…."
         )
-    if not config.model_kwargs.keys() & GEOMETRY:
+    if not config.model_kwargs.keys() & GEOMETRY and config.img_size is None:
         _check_geometry(config.model, model, image_size)
     if start and config.initial_checkpoint is not None:
         if not Path(config.initial_checkpoint).is_file():
@@ -98,18 +108,18 @@ def build_model(config: TrainConfig, classes: int, image_size: int, *, start: bo
     return model
 
 
-def _check_geometry(name: str, model: nn.Module, image_size: int) -> None:
+def _check_geometry(name: str, model: nn.Module, image_size: tuple[int, int]) -> None:
     """Refuse a design for large images that has next to nothing to look at in small ones, or looks mostly at padding.
 
     Raises:
         UserError: the sentence says which arguments to add.
     """
-    model, enlarged = cast(Any, model), f"or img_size={designed_size(name)} to enlarge the images"
+    model, enlarged = cast(Any, model), f"or img_size={pretrained_configuration(name)['input_size'][-1]} to enlarge the images"
     height, width = model.patch_embed.grid_size
-    fitting = f"patch_size={max(image_size // 8, 1)}"
-    problem = f"makes {height} × {width} tokens of images of {image_size} pixels" if height * width < 16 else None
+    fitting = f"patch_size={max(min(image_size) // 8, 1)}"
+    problem = f"makes {height} × {width} tokens of images of {pixels(image_size)} pixels" if height * width < 16 else None
     if name.startswith("swin"):
-        fitting = f"patch_size={max(image_size // 16, 1)} window_size=4"
+        fitting = f"patch_size={max(min(image_size) // 16, 1)} window_size=4"
         for stage in model.layers:
             (height, width), window = stage.blocks[0].input_resolution, stage.blocks[0].window_size
             padded = [-(-side // w) * w for side, w in zip((height, width), window, strict=True)]
@@ -120,6 +130,18 @@ def _check_geometry(name: str, model: nn.Module, image_size: int) -> None:
         raise UserError(
             f"--model {name} {problem}; add --model-kwargs {fitting} to train on them as they are, {enlarged}."
         )
+
+
+def input_arguments(config: TrainConfig, image_size: tuple[int, int]) -> dict[str, Any]:
+    """The arguments of ``timm.create_model`` that say what the model sees."""
+    square = image_size[0] == image_size[1]
+    channels = {"in_chans": config.in_chans} if config.in_chans != 3 else {}
+    return {"img_size": image_size[0] if square else image_size, **channels}
+
+
+def pixels(image_size: tuple[int, int]) -> str:
+    """``224`` or ``192×256``."""
+    return str(image_size[0]) if image_size[0] == image_size[1] else "×".join(map(str, image_size))
 
 
 def build_trainer(

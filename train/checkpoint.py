@@ -26,7 +26,7 @@ from torch import Tensor
 import fastlocal
 from fastlocal.train.config import UserError, printable, shown
 
-FORMAT = 2
+FORMAT = 3
 LARGEST_WEIGHT = 1e7  # no trained transformer comes near; a run that does has diverged
 DEEPEST, MOST_NODES, LONGEST_PICKLE = 12, 2_000_000, 2**24  # of a checkpoint's tree; a ViT-G's has 6, 20,000, 2**20
 
@@ -288,14 +288,32 @@ def anything(_: Any) -> bool:
     return True
 
 
+def _counted(value: Any) -> bool:
+    """a number of images and their digest"""
+    return isinstance(value, list) and [type(entry) for entry in value] == [int, str]
+
+
 # A kind is a type, a test with its words as docstring, [kind] for a list, {name: kind} for a dict, Each or Optional.
 CHECKPOINT: dict[str, Any] = {
     "format": int,
     "config": Each(anything),
     "classes": [str],
-    "image_size": at_least(1),
-    "normalize": Optional([[finite]]),
-    "data": Each(anything),
+    "preprocessing": {
+        "image_size": [at_least(1)],
+        "channels": at_least(1),
+        "in_memory": bool,
+        "mean": [finite],
+        "std": [finite],
+        "interpolation": str,
+        "crop_pct": finite,
+        "crop_mode": str,
+    },
+    "data": {
+        "classes": [str],
+        "training images": Each(_counted),
+        "validation images": Each(_counted),
+        "preprocessing": Each(anything),
+    },
     "trainer": {
         "version": int,
         "objective": str,

@@ -22,7 +22,7 @@ from dataclasses import fields
 from typing import Any, NoReturn
 
 import fastlocal
-from fastlocal.train.config import TrainConfig, UserError, nearest, printable, read_file, shown
+from fastlocal.train.config import SEVERAL, TrainConfig, UserError, nearest, printable, read_file, shown
 from fastlocal.train.signals import INTERRUPTED, end_at_once
 
 
@@ -96,6 +96,8 @@ def train(argv: list[str]) -> int:
     given = options_of(parser, argv)
     resumed = given.pop("resume", None)
     config = TrainConfig.of(**given) if resumed is None else None  # a typing error is told before the heavy imports
+    if config is not None and (sentences := config.without_effect(parser.parse(argv))):
+        raise UserError(sentences[0])
 
     with end_at_once():
         import torch
@@ -142,19 +144,29 @@ def plan(argv: list[str]) -> int:
         description="Find the fastest way to train a model within a memory budget; nothing is trained, no GPU is needed.",
     )
     about_plan = [
-        *("model", "model_kwargs", "batch_size", "memory", "objective", "decoder", "first_target", "reconstruction"),
+        *(
+            "model",
+            "model_kwargs",
+            "img_size",
+            "in_chans",
+            "batch_size",
+            "memory",
+            "objective",
+            "decoder",
+            "first_target",
+            "reconstruction",
+        ),
         *("normalize_target", "lookahead", "opt", "amp", "amp_dtype", "model_ema", "kernels", "device"),
     ]
     _add_options(parser, only=about_plan)
-    parser.add_argument("--image-size", type=int, metavar="PIXELS", help="side of the images; default: the model's own")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse(argv)
-    as_json, image_size = given.pop("json", False), given.pop("image_size", None)
+    as_json = given.pop("json", False)
     config = TrainConfig.of(**{"data": "synthetic", "amp": True, **given})
 
     from fastlocal.train.plan import make_plan, show
 
-    return show(make_plan(config, image_size), as_json)
+    return show(make_plan(config), as_json)
 
 
 def doctor(argv: list[str]) -> int:
@@ -214,6 +226,8 @@ def _add_options(parser: _Parser, only: Sequence[str] | None = None) -> None:
             parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, **settings)
         elif option.name == "model_kwargs":
             parser.add_argument(flag, nargs="+", metavar="NAME=VALUE", **settings)
+        elif option.metadata["parse"] in SEVERAL:
+            parser.add_argument(flag, nargs="+", metavar="VALUE", **settings)
         else:
             choices = option.metadata["choices"]
             parser.add_argument(flag, metavar="|".join(choices) or option.name.upper(), **settings)

@@ -27,8 +27,9 @@ class UserError(ValueError):
 
 def nearest(name: str, names: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the one of ``names`` most like ``name``, or ``"."`` if none is."""
-    found = difflib.get_close_matches(name[:100], list(names), n=1, cutoff=0.5)
-    return f"; did you mean {found[0]!r}?" if found else "."
+    known = {entry.lstrip("-"): entry for entry in names}  # dashes alone are no likeness
+    found = difflib.get_close_matches(name[:100].lstrip("-"), known, n=1, cutoff=0.65)
+    return f"; did you mean {known[found[0]]!r}?" if found else "."
 
 
 def shown(value: Any) -> str:
@@ -100,6 +101,37 @@ def _name(value: Any) -> str:
     return name
 
 
+def _numbers(value: Any) -> tuple[float, ...]:
+    """``"0.5,0.5,0.5"``, a list, or a single number."""
+    if isinstance(value, list | tuple) and len(value) == 1:
+        value = value[0]
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    return tuple(_number(part) for part in parts)
+
+
+def _range(value: Any) -> tuple[float, ...]:
+    low, high = _numbers(value)
+    if not 0 < low <= high:
+        raise ValueError
+    return low, high
+
+
+def _size(value: Any) -> tuple[int, int]:
+    """``224``, or height and width: ``"192,256"`` or a list."""
+    sides = [_whole(side) for side in _numbers(value)]
+    if len(sides) > 2 or not all(0 < side <= LARGEST_SIDE for side in sides):
+        raise ValueError
+    return sides[0], sides[-1]
+
+
+def _bytes(value: Any) -> str:
+    """An amount with a unit. A bare number would be bytes, which nobody means."""
+    text = _text(value).strip()
+    if text.replace(".", "", 1).isdigit() and float(text) < 2**20:
+        raise UserError(f"--memory {text} is {text} bytes; did you mean {text}GiB?")
+    return text
+
+
 def _modules(value: Any) -> int | str | tuple[int, ...]:
     """``4``, ``"stages"`` or cut points: ``"2,4,6"`` or a list."""
     if value == "stages":
@@ -135,6 +167,7 @@ MODEL_ARGUMENTS = (
     *("use_post_transformer_norm", "use_pre_transformer_norm", "use_rel_pos_bias", "use_rot_pos_emb"),
     *("use_shared_rel_pos_bias", "weight_init", "window_size"),
 )
+LARGEST_SIDE = 2**14  # pixels
 LARGEST_MODEL_ARGUMENT = 2**20  # a larger width, depth or image than anyone has
 
 
@@ -179,12 +212,17 @@ def _literal(text: str) -> Any:
     return inside.strip("'\"")
 
 
+SEVERAL = (_numbers, _range, _size)  # readers of options that take several values, separated by spaces or commas
 _ACCEPTED = {
     _whole: "a whole number",
     _number: "a finite number",
     _switch: "true or false",
     _text: f"a text without control characters of at most {LONGEST_TEXT} characters",
     _name: "the name of a folder to be made, without a path and with no dot at its start",
+    _numbers: "finite numbers such as 0.5 or 0.485 0.456 0.406",
+    _range: "two numbers above 0, the smaller first, such as 0.08 1",
+    _size: f"one number of pixels, or height and width, up to {LARGEST_SIDE}, such as 224 or 192 256",
+    _bytes: "an amount of memory such as 4GiB",
     _modules: "a number of modules, 'stages', or cut points such as 2,4,6",
     _weights: "a finite number, or one per module such as 0.2,0.5,1",
     _keywords: f"name=value pairs such as img_size=32 depths=2,2,2,2, numbers up to {LARGEST_MODEL_ARGUMENT}",
@@ -209,7 +247,10 @@ def _option(default: Any, help: str, *rules: Any, **limits: Any) -> Any:
     return field(default=default, metadata=_about(help, *rules, **limits))
 
 
-DATA = ("digits", "cifar10", "cifar100", "stl10", "svhn", "fashion-mnist", "folder:PATH", "synthetic")
+DOWNLOADED = ("cifar10", "cifar100", "stl10", "svhn", "fashion-mnist")
+ARRAYS = ("digits", *DOWNLOADED, "synthetic")
+DATA = (*ARRAYS, "FOLDER (or folder:FOLDER)", "FILE.tar", "hfds/NAME")
+INTERPOLATIONS = ("bicubic", "bilinear", "lanczos", "hamming", "box", "nearest")
 OBJECTIVES = ("feature", "image", "cross-entropy", "transport", "end-to-end")
 DECODERS = ("linear", "mlp", "conv", "transformer")
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
@@ -225,6 +266,17 @@ class TrainConfig:
 
     # Data
     data: str = _option("digits", f"what to train on: {', '.join(DATA)}")
+    val_split: float = _option(
+        0.0,
+        "set this share of the training images apart, where there are none to validate on",
+        _number,
+        at_least=0,
+        below=1,
+    )
+    class_map: str | None = _option(None, "archives: file with a class name per line, in the order of the labels")
+    skip_broken: bool = _option(
+        False, "go on without images that cannot be read; decodes each once to find them", _switch
+    )
     data_dir: str = _option("data", "where torchvision's data sets lie, or are downloaded to")
     download: bool = _option(False, "fetch the data set if it is not in --data-dir", _switch)
     train_limit: int | None = _option(None, "train on a random subset of this many images", _whole, at_least=1)
@@ -243,10 +295,36 @@ class TrainConfig:
         at_least=0,
         at_most=LARGEST_MODEL_ARGUMENT,
     )
+    vflip: float = _option(0.0, "share of the training images flipped upside down", _number, at_least=0, at_most=1)
+    scale: tuple[float, ...] = _option((0.08, 1.0), "random crop: smallest and largest share of the image", _range)
+    ratio: tuple[float, ...] = _option((3 / 4, 4 / 3), "random crop: narrowest and widest width/height", _range)
+    color_jitter: float = _option(
+        0.0, "brightness, contrast and saturation vary by up to this share", _number, at_least=0
+    )
+    aa: str | None = _option(None, "timm's auto-augment policy, such as rand-m9-mstd0.5-inc1")
+    reprob: float = _option(
+        0.0, "share of the training images with a random rectangle erased", _number, at_least=0, at_most=1
+    )
+    remode: str = _option("pixel", "what erased rectangles are filled with", choices=("pixel", "const", "rand"))
+    train_interpolation: str = _option(
+        "random", "resizing of training images; random: bilinear or bicubic", choices=("random", *INTERPOLATIONS)
+    )
     mixup: float = _option(0.0, "mixup alpha; 0: off", _number, at_least=0, at_most=1000)
     cutmix: float = _option(0.0, "cutmix alpha; 0: off", _number, at_least=0, at_most=1000)
 
-    # Model. It is built for the data's image size, unless --model-kwargs has an img_size: images are resized to that.
+    # What the model sees. Default: as timm has it for the model. Images that are all of one small size are taken whole.
+    img_size: tuple[int, ...] | None = _option(
+        None, "pixels that images are brought to: one side, or height and width", _size
+    )
+    in_chans: int = _option(3, "1: grey, 3: RGB, 4: RGB and transparency", _whole, at_least=1, at_most=4)
+    mean: tuple[float, ...] | None = _option(None, "mean of the pixels, 0 to 1, per channel", _numbers)
+    std: tuple[float, ...] | None = _option(None, "their standard deviation, likewise", _numbers, above=0)
+    interpolation: str | None = _option(None, "resizing of validation images", choices=INTERPOLATIONS)
+    crop_pct: float | None = _option(
+        None, "side of the validation crop, as a share of the resized image", _number, above=0
+    )
+
+    # Model
     model: str = _option("swin_tiny_patch4_window7_224", "a timm vision transformer")
     model_kwargs: Mapping[str, Any] = field(
         default_factory=dict,
@@ -288,7 +366,7 @@ class TrainConfig:
 
     # Memory and arithmetic
     memory: str | None = _option(
-        None, "budget such as 4GiB: the planner sets --modules, --micro-batch, --recompute and --residency"
+        None, "budget such as 4GiB: the planner sets --modules, --micro-batch, --recompute and --residency", _bytes
     )
     micro_batch: int | None = _option(None, "images per part of a batch; default: the whole batch", _whole, at_least=1)
     recompute: str = _option("none", "what the backward pass computes again", choices=("none", "block"))
@@ -354,11 +432,8 @@ class TrainConfig:
             value = getattr(self, option.name)
             if value is not None or option.default is not None:
                 object.__setattr__(self, option.name, _checked(option.name, option.metadata, value))
-        kind = self.data.partition(":")[0]
-        if self.data not in (*DATA[:-2], "synthetic") and (kind != "folder" or self.data in ("folder", "folder:")):
-            raise UserError(
-                f"--data {printable(self.data, 80)} is not one of {', '.join(DATA)}{nearest(self.data, DATA)}"
-            )
+        self._check_data()
+        self._gather_model_arguments()
         if self.warmup_epochs is None:
             object.__setattr__(self, "warmup_epochs", min(self.epochs / 10, 5.0))
         elif self.warmup_epochs > self.epochs:
@@ -381,6 +456,66 @@ class TrainConfig:
         if (self.mixup or self.cutmix) and self.batch_size % 2:
             raise UserError(f"--batch-size must be even for --mixup and --cutmix, got {self.batch_size}.")
 
+    def _check_data(self) -> None:
+        data = self.data
+        if data not in ARRAYS and not data.startswith("folder:") and os.path.isdir(data):
+            object.__setattr__(self, "data", f"folder:{data}")
+        elif not (
+            data in ARRAYS
+            or (data.startswith("folder:") and data != "folder:")
+            or (data.startswith("hfds/") and data != "hfds/")
+            or (data.endswith(".tar") and os.path.isfile(data))
+        ):
+            what = "no folder or file, and " if os.sep in data else ""
+            raise UserError(
+                f"--data {printable(data, 80)} is {what}not one of {', '.join(DATA)}{nearest(data, (*ARRAYS, 'folder:'))}"
+            )
+
+    def _gather_model_arguments(self) -> None:
+        """Image size and channels have one home, whichever way they were given."""
+        rest = dict(self.model_kwargs)
+        for name, unset in (("img_size", None), ("in_chans", 3)):
+            if name in rest:
+                about = self.__dataclass_fields__[name].metadata
+                value = _checked(name, about, rest.pop(name))
+                if getattr(self, name) not in (unset, value):
+                    raise UserError(f"--{name.replace('_', '-')} and --model-kwargs {name}=… say different things.")
+                object.__setattr__(self, name, value)
+        object.__setattr__(self, "model_kwargs", rest)
+        if self.in_chans == 2:
+            raise UserError("--in-chans must be 1 (grey), 3 (RGB) or 4 (RGB and transparency), got 2.")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            if values is not None and len(values) not in (1, self.in_chans):
+                raise UserError(f"--{name} takes one number or one per channel, {self.in_chans}; got {len(values)}.")
+
+    def without_effect(self, given: Iterable[str]) -> list[str]:
+        """A sentence for each of the options ``given`` that another makes void."""
+        archive = self.data.endswith(".tar")
+        needs = {
+            "data_dir": (self.data in DOWNLOADED, f"--data {self.data} does not lie there", self.data_dir),
+            "download": (self.data in DOWNLOADED, f"--data {self.data} is not downloaded", None),
+            "class_map": (archive, "only archives (--data FILE.tar) take one", None),
+            "val_split": (self.data not in ARRAYS, f"--data {self.data} has images to validate on", None),
+            "skip_broken": (self.data not in ARRAYS, f"--data {self.data} has no files that could be", None),
+            "model_ema_decay": (self.model_ema, "it needs --model-ema", None),
+            "remode": (self.reprob > 0, "it needs --reprob", None),
+            "decay_epochs": (self.sched == "step", "it is for --sched step", None),
+            "decay_rate": (self.sched in ("step", "poly"), "it is for --sched step or poly", None),
+            "min_lr": (self.sched in ("cosine", "poly"), "it is for --sched cosine or poly", None),
+            "amp_dtype": (self.amp, "it needs --amp", None),
+        }
+        for name in ("modules", "micro_batch", "recompute", "residency"):
+            needs[name] = (self.memory is None, "--memory has the planner set it", None)
+        sentences = []
+        for name, (effective, reason, place) in needs.items():
+            value = getattr(self, name)
+            if name in given and not effective:
+                flag = f"--{name.replace('_', '-')}" + ("" if isinstance(value, bool) else f" {shown(value)}")
+                meant = f"; did you mean --data {place}?" if place and os.path.isdir(place) else "."
+                sentences.append(f"{flag} would do nothing: {reason}{meant}")
+        return sentences
+
     @classmethod
     def of(cls, **given: Any) -> TrainConfig:
         """A configuration with the recipe of ``given["data"]`` where ``given`` says nothing.
@@ -398,7 +533,8 @@ class TrainConfig:
         kwargs = _checked("model_kwargs", about["model_kwargs"], given.get("model_kwargs", {}))
         fitting = recipe.pop("model_kwargs", {})
         if "model" in given:
-            decided = given.get("pretrained") or given.get("initial_checkpoint") or kwargs.keys() & GEOMETRY
+            decided = any(given.get(name) for name in ("pretrained", "initial_checkpoint", "img_size"))
+            decided = decided or kwargs.keys() & GEOMETRY
             fitting = {} if decided else fitting_geometry(data, str(given["model"]))
         return cls(**{**recipe, **given, "model_kwargs": {**fitting, **kwargs}})
 

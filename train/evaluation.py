@@ -14,7 +14,7 @@ import fastlocal
 from fastlocal.train import checkpoint as checkpoints
 from fastlocal.train.build import build_device, build_model, build_trainer
 from fastlocal.train.config import TrainConfig
-from fastlocal.train.data import Split, check_same_classes, read
+from fastlocal.train.data import Preprocessing, Split, read_validation
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,8 @@ def evaluate_saved(path: str | Path, **changes: Any) -> dict[str, Any]:
         changes: new values for options of the run, such as ``data`` or ``batch_size``.
 
     Returns:
-        ``checkpoint``, ``data``, ``images``, and lists over the exits: ``exits``, ``accuracy`` (0 to 1), ``loss``. The
+        ``checkpoint``, ``data``, ``images``, and lists over the exits: ``exits``, ``accuracy`` (0 to 1), ``loss``; ``notes`` on
+        the images, a sentence each. The
         moving average of the model, if the run keeps one, is the last exit.
 
     Raises:
@@ -70,13 +71,14 @@ def evaluate_saved(path: str | Path, **changes: Any) -> dict[str, Any]:
     saved = checkpoints.load(path)
     # What a checkpoint may not ask for: that something is fetched, or opened beside the images.
     kept = {**saved["config"], "download": False, "pretrained": False, "initial_checkpoint": None}
-    size = saved["image_size"]
-    config = TrainConfig.of(**{**kept, **changes, "model_kwargs": {"img_size": size, **kept["model_kwargs"]}})
+    if changes.get("data", kept["data"]) != kept["data"]:
+        kept |= {"val_split": 0.0, "val_limit": None}  # they were about the data that the run was trained on
+    config = TrainConfig.of(**{**kept, **changes})
     device = build_device(config)
-    split = read(config, "validation", size)
-    check_same_classes(saved["classes"], split.classes, f"--data {config.data}")
-    model = build_model(config, len(saved["classes"]), size)
-    trainer = build_trainer(config, model, device, saved["normalize"])
+    split, notes = read_validation(config, saved)
+    settings = Preprocessing.of(saved["preprocessing"])
+    model = build_model(config, len(saved["classes"]), settings.image_size)
+    trainer = build_trainer(config, model, device, settings.normalize)
     checkpoints.load_trainer(trainer, saved["trainer"], path)
 
     measured = validate(trainer, split, config.batch_size, device)
@@ -93,4 +95,5 @@ def evaluate_saved(path: str | Path, **changes: Any) -> dict[str, Any]:
         "exits": exits,
         "accuracy": accuracy,
         "loss": loss,
+        "notes": list(notes),
     }

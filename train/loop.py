@@ -30,9 +30,17 @@ from torch import Tensor
 import fastlocal
 from fastlocal.train import checkpoint as checkpoints
 from fastlocal.train.augment import mix_batch
-from fastlocal.train.build import Normalization, build_device, build_model, build_trainer, designed_size, follow_plan
+from fastlocal.train.build import (
+    build_device,
+    build_model,
+    build_trainer,
+    follow_plan,
+    input_arguments,
+    pixels,
+    pretrained_configuration,
+)
 from fastlocal.train.config import TrainConfig, UserError, to_yaml
-from fastlocal.train.data import MemorySplit, Split, check_same_classes, read, training_indices
+from fastlocal.train.data import differences, read, training_indices
 from fastlocal.train.evaluation import Measured, validate
 from fastlocal.train.report import Report, peak_memory
 from fastlocal.train.run_folder import RunFolder, SaveError, default_name
@@ -144,21 +152,21 @@ class _Run:
         self, config: TrainConfig, folder: RunFolder | None = None, saved: dict[str, Any] | None = None
     ) -> None:
         self.config, self.device, self.progress = config, build_device(config), Progress()
-        size = designed_size(config.model)
-        self.training, self.validation = read(config, "train", size), read(config, "validation", size)
-        check_same_classes(self.training.classes, self.validation.classes, "the validation images")
+        self.data = read(config, pretrained_configuration(config.model), saved)
+        self.training, self.validation, self.classes = self.data.training, self.data.validation, self.data.classes
+        self.preprocessing = self.data.preprocessing
         self.steps = max(len(self.training) // config.batch_size, 1)
 
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
-        self.normalize = None if config.pretrained else normalization(self.training)
-        self.model = build_model(config, len(self.training.classes), self.training.image_size, start=saved is None)
+        self.model = build_model(config, len(self.classes), self.preprocessing.image_size, start=saved is None)
         if config.memory is not None and saved is None:
             self.config = config = follow_plan(config, self.model, self.device)
-        self.trainer = build_trainer(config, self.model, self.device, self.normalize)
-        self.mixup = _mixup(config, len(self.training.classes))
+        self.trainer = build_trainer(config, self.model, self.device, self.preprocessing.normalize)
+        self.mixup = _mixup(config, len(self.classes))
         self.schedules = _schedules(config, self.trainer, self.steps)
+        self.fingerprint = self.data.fingerprint()
         self.between_steps = True
         self.lost_rows: list[int] = []  # epochs
 
@@ -187,11 +195,7 @@ class _Run:
 
     def _restore(self, saved: dict[str, Any]) -> None:
         path = self.folder.path / "last.pt"
-        changed = [
-            f"{name} was {checkpoints.shown(saved['data'].get(name))} and is {checkpoints.shown(value)}"
-            for name, value in self._data().items()
-            if saved["data"].get(name) != value
-        ]
+        changed = differences(saved["data"], self.fingerprint)
         if changed:
             raise UserError(f"{path} was trained on other data: {checkpoints.listed(changed)}.")
         checkpoints.load_trainer(self.trainer, saved["trainer"], path)
@@ -226,23 +230,12 @@ class _Run:
             raise self._diverged(problem)
         return {
             "config": self.config.to_dict(),
-            "classes": list(self.training.classes),
-            "image_size": self.training.image_size,
-            "normalize": self.normalize and [list(values) for values in self.normalize],
-            "data": self._data(),
+            "classes": list(self.classes),
+            "preprocessing": self.preprocessing.to_dict(),
+            "data": self.fingerprint,
             "trainer": state,
             "progress": vars(self.progress),
             "random": checkpoints.random_state(),
-        }
-
-    def _data(self) -> dict[str, Any]:
-        """What a run relies on to be the same when it goes on."""
-        return {
-            "classes": list(self.training.classes),
-            "training images": len(self.training),
-            "validation images": len(self.validation),
-            "image size": self.training.image_size,
-            "normalization": self.normalize and [list(values) for values in self.normalize],
         }
 
     def _diverged(self, problem: str) -> DivergedError:
@@ -416,17 +409,21 @@ class _Run:
         metadata = {
             "format": "pt",
             "model": self.config.model,
-            "model_kwargs": json.dumps({"img_size": self.training.image_size, **self.config.to_dict()["model_kwargs"]}),
-            "classes": json.dumps(list(self.training.classes)),
-            "normalize": json.dumps(self.normalize),
+            "model_kwargs": json.dumps(
+                {**self.config.to_dict()["model_kwargs"], **input_arguments(self.config, self.preprocessing.image_size)}
+            ),
+            "classes": json.dumps(list(self.classes)),
+            "normalize": json.dumps(self.preprocessing.normalize),
         }
         content = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in state.items()}, metadata)
         self.folder.write("model.safetensors", lambda file: file.write(content))
 
     def _header(self) -> Iterator[str]:
         config, parameters = self.config, sum(p.numel() for p in self.model.parameters())
-        size = self.training.image_size
+        size = pixels(self.preprocessing.image_size)
         yield f"data     {config.data}: {len(self.training)} + {len(self.validation)} images, {size} pixels"
+        for note in self.data.notes:
+            yield f"         {note}"
         if config.data == "synthetic":
             yield "         random images: only the throughput and the memory mean anything"
         yield f"model    {config.model}, {parameters / 1e6:.2f} M parameters"
@@ -434,11 +431,6 @@ class _Run:
         yield f"learning {config.objective}{decoder}, {len(self.trainer.modules)} modules"
         yield f"device   {self.device}"
         yield f"run      {self.folder.path}"
-
-
-def normalization(training: Split) -> Normalization | None:
-    """Mean and standard deviation to normalize with: of the data, if it is in memory, else the model's own (None)."""
-    return training.mean_and_std() if isinstance(training, MemorySplit) else None
 
 
 def _mixup(config: TrainConfig, classes: int) -> Mixup | None:

@@ -11,11 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from fastlocal.planner import Candidate, Search, format_bytes, search
-from fastlocal.train.build import build_device, build_model, designed_size, unplanned_options
+from fastlocal.train.build import build_device, build_model, pretrained_configuration, unplanned_options
 from fastlocal.train.config import TrainConfig, UserError
 
 
-def make_plan(config: TrainConfig, image_size: int | None) -> Search:
+def make_plan(config: TrainConfig) -> Search:
     """Search for plans of ``config``'s model, batch size, objective and memory, without taking memory for the model.
 
     Raises:
@@ -25,7 +25,8 @@ def make_plan(config: TrainConfig, image_size: int | None) -> Search:
     if config.memory is None:
         raise UserError("--memory is missing: give the budget, such as --memory 4GiB.")
     with torch.device("meta"):
-        model = build_model(config, 1000, image_size or designed_size(config.model))
+        designed = tuple(pretrained_configuration(config.model)["input_size"][-2:])
+        model = build_model(config, 1000, config.img_size or designed)
     options = unplanned_options(config, build_device(config))
     return search(model, batch_size=config.batch_size, budget=config.memory, objective=config.objective, **options)
 

@@ -137,13 +137,14 @@ class Report:
     def epoch(self, row: Mapping[str, Any]) -> None:
         """After an epoch: its row of ``metrics.jsonl`` in one line."""
         self._log(lambda writer: _add_scalars(writer, row))
-        memory = row["peak_memory_bytes"]
+        memory, average = row["peak_memory_bytes"], row.get("ema_validation_accuracy")
         self.say(
             f"epoch {row['epoch']}/{self.config.epochs}"
             f"  loss {_numbers(row['loss'], '.3f')}"
             f"  val accuracy {_numbers([100 * share for share in row['validation_accuracy']], '.1f')} %"
             f"  lr {row['lr']:.1e}  {row['images_per_second']:.0f} images/s"
             + (f"  {memory / 2**20:.0f} MiB" if memory is not None else "")
+            + (f"  exported: moving average, {100 * average:.1f} %" if average is not None else "")
         )
 
     def _log(self, action: Callable[[Any], object]) -> None:

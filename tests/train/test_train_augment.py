@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from timm.data import Mixup
 
-from fastlocal.train.augment import BatchAugmentation, file_transform, generator_for, mix_batch
+from fastlocal.train.augment import BatchAugmentation, generator_for, mix_batch
 
 
 def _images(count: int = 64, size: int = 8) -> torch.Tensor:
@@ -68,14 +68,3 @@ def test_mixup_gives_uint8_images_and_soft_labels() -> None:
     expected = images[0].float() * share + images[3].float() * (1 - share)
     assert (mixed[0].float() - expected).abs().max() <= 0.5 + 1e-3
     assert torch.allclose(soft.sum(1), torch.ones(4))
-
-
-def test_file_transforms_give_square_uint8() -> None:
-    from PIL import Image
-
-    image = Image.new("RGB", (90, 130), (10, 200, 30))
-    for training in (True, False):
-        result = file_transform(70, training, hflip=True)(image)
-        assert result.shape == (3, 70, 70)
-        assert result.dtype == torch.uint8
-        assert result[:, 35, 35].tolist() == [10, 200, 30]

@@ -86,7 +86,8 @@ def test_train_then_evaluate_then_plain_timm(cli: Command, flags: Flags, tmp_pat
     from fastlocal.train.config import TrainConfig, read_file
     from fastlocal.train.data import read
 
-    split = read(TrainConfig.of(**read_file(folder / "config.yaml")), "validation", 224)
+    config = TrainConfig.of(**read_file(folder / "config.yaml"))
+    split = read(config, {"input_size": (3, 224, 224)}).validation
     images, labels = next(split.batches([torch.arange(40)], None))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in json.loads(about["normalize"]))
     with torch.no_grad():

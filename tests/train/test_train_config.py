@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fastlocal.train.config import (
+    ARRAYS,
     COMPILE_MODES,
-    DATA,
     DECODERS,
     GEOMETRY,
     OBJECTIVES,
@@ -52,7 +52,7 @@ def test_flag_texts_become_values() -> None:
     assert TrainConfig.of(modules="3").modules == 3
 
 
-@pytest.mark.parametrize("data", [*DATA[:-2], "folder:some/path", "synthetic"])
+@pytest.mark.parametrize("data", [*ARRAYS, "folder:some/path", "hfds/cifar10"])
 def test_a_written_configuration_reads_back_equal(tmp_path: Path, data: str) -> None:
     config = TrainConfig.of(data=data, modules=(1, 2), lr=1e-5, clip_grad=0.5, regularizer_weight=(0.5, 1.0))
     (tmp_path / "config.yaml").write_text(to_yaml(config))
@@ -131,7 +131,9 @@ def test_every_recipe_takes_a_step(data: str, size: int) -> None:
 
     config = TrainConfig.of(data=data)
     images = torch.randint(256, (2, 3, size, size), dtype=torch.uint8)
-    trainer = build_trainer(config, build_model(config, 10, size), torch.device("cpu"), ((0.5,) * 3, (0.25,) * 3))
+    trainer = build_trainer(
+        config, build_model(config, 10, (size, size)), torch.device("cpu"), ((0.5,) * 3, (0.25,) * 3)
+    )
     metrics = trainer.step(images, torch.tensor([3, 7]))
     assert metrics.loss.shape == (4,)
     assert metrics.loss.isfinite().all()

@@ -92,13 +92,14 @@ def test_mistakes_in_an_image_folder(cli: Command, tmp_path: Path) -> None:
         return cli("train", "--data", f"folder:{tmp_path / name}", *VIT, "--output", tmp_path / "runs")
 
     _assert_told(trained("missing"), "must hold train/CLASS/* and val/CLASS/*")
-    (tmp_path / "empty" / "train").mkdir(parents=True)
+    for split in ("train", "val"):
+        (tmp_path / "empty" / split).mkdir(parents=True)
     _assert_told(trained("empty"), "is not usable", "class folder")
     _write_folder(tmp_path / "corrupt", {"train": ("a", "b"), "val": ("a", "b")})
     (tmp_path / "corrupt" / "val" / "b" / "2.png").write_bytes(b"no image")
     _assert_told(trained("corrupt"), "val/b/2.png cannot be read")
     _write_folder(tmp_path / "labels", {"train": ("a", "b"), "val": ("a", "b", "c")})
-    _assert_told(trained("labels"), "outside the model's 2 classes", "'c'")
+    _assert_told(trained("labels"), "outside the model's 2 classes", "'c' is none of a, b")
     for model, parts in (
         ("swin_tiny_patch4_window7_224", ("pads a grid of 8 × 8 tokens to 14 × 14", "patch_size=2 window_size=4")),
         ("vit_tiny_patch16_224", ("makes 2 × 2 tokens of images of 32 pixels", "patch_size=4")),
@@ -113,7 +114,7 @@ def test_labels_outside_the_classes_and_nan_images_in_a_loop_of_ones_own(tiny: C
     from fastlocal.train.build import build_model, build_trainer
 
     config = TrainConfig.of(**tiny())
-    trainer = build_trainer(config, build_model(config, 10, 8), torch.device("cpu"), None)
+    trainer = build_trainer(config, build_model(config, 10, (8, 8)), torch.device("cpu"), None)
     images, labels = torch.rand(4, 3, 8, 8), torch.tensor([0, 1, 2, 3])
     for wrong in (
         (images, labels + 7),

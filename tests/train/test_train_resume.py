@@ -146,9 +146,9 @@ def test_only_what_the_result_does_not_hang_on_can_change(tiny: Options) -> None
 def test_other_training_images_are_refused(tiny: Options) -> None:
     folder = loop.run(TrainConfig.of(**tiny(epochs=1))).folder
     saved = torch.load(folder / "last.pt", weights_only=True)
-    saved["data"]["training images"] = 63
+    saved["data"]["training images"]["3"][0] = 63
     torch.save(saved, folder / "last.pt")
-    with pytest.raises(UserError, match="other data: training images was 63 and is 64"):
+    with pytest.raises(UserError, match="other data: class '3' has 8 training images and had 63"):
         loop.resume(folder)
 
 

@@ -34,7 +34,7 @@ def weights(tmp_path: Path, tiny: Options, monkeypatch: pytest.MonkeyPatch) -> P
 
 
 def test_pretrained_weights_with_a_new_classifier(tiny: Options, weights: Path) -> None:
-    model = build_model(TrainConfig.of(**tiny(pretrained=True)), 10, 8, start=True)
+    model = build_model(TrainConfig.of(**tiny(pretrained=True)), 10, (8, 8), start=True)
     given = load_file(weights)
     assert model.state_dict()["head.weight"].shape[0] == 10
     assert all(torch.equal(v, given[name]) for name, v in model.state_dict().items() if not name.startswith("head."))
@@ -45,7 +45,7 @@ def test_a_pretrained_run_keeps_its_normalization_and_resumes_without_the_file(
 ) -> None:
     straight = loop.run(TrainConfig.of(**tiny(pretrained=True, experiment="straight")))
     saved = torch.load(straight.folder / "last.pt", weights_only=True)
-    assert saved["normalize"] is None  # the model's own, not the digits'
+    assert saved["preprocessing"]["mean"] == [0.5, 0.5, 0.5]  # the model's own, not the digits'
     half = loop.run(TrainConfig.of(**tiny(pretrained=True, experiment="half", epochs=1)))
     assert torch.load(half.folder / "last.pt", weights_only=True)["config"]["pretrained"]
     weights.unlink()

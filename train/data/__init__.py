@@ -1,0 +1,263 @@
+"""Data sets: reading a picture, listing a folder, arrays, timm's preprocessing, splits, and what tells a data set again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastlocal.train.augment import BatchAugmentation
+from fastlocal.train.config import ARRAYS, TrainConfig, UserError, printable
+from fastlocal.train.data.fingerprint import differences, fingerprint
+from fastlocal.train.data.listing import (
+    TRAINING_FOLDERS,
+    VALIDATION_FOLDERS,
+    Listing,
+    PicturesOfReader,
+    list_folder,
+    listed,
+    split_folder,
+    subset,
+    told,
+)
+from fastlocal.train.data.picture import read_picture
+from fastlocal.train.data.preprocessing import Preprocessing
+from fastlocal.train.data.sources import read_arrays
+from fastlocal.train.data.splits import FileSplit, MemorySplit, Split, mean_and_std, training_indices
+
+__all__ = [
+    *("Data", "FileSplit", "MemorySplit", "Preprocessing", "Split", "differences", "fingerprint"),
+    *("check_classes", "read", "read_validation", "training_indices"),
+]
+
+LARGEST_IN_MEMORY = 64  # pixels; images that are larger, or not all of one size, are read from their files
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run reads.
+
+    Attributes:
+        notes: what was left out, converted or missing, a sentence each.
+    """
+
+    training: Split
+    validation: Split
+    preprocessing: Preprocessing
+    notes: tuple[str, ...]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return self.training.classes
+
+    def fingerprint(self) -> dict[str, Any]:
+        return fingerprint(self.training, self.validation, self.preprocessing)
+
+
+def read(config: TrainConfig, source: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> Data:
+    """Both splits of ``config.data``; how they are read is decided once, from the headers of all images.
+
+    Args:
+        source: timm's ``pretrained_cfg`` of the model or of the weights that training starts from.
+        saved: ``preprocessing`` and ``classes`` of a checkpoint that training goes on from.
+
+    Raises:
+        UserError: the data set is not there (the sentence names the flag to add), has fewer than two classes, or holds what
+            cannot be read.
+    """
+    designed = tuple(source["input_size"][-2:])
+    preset = Preprocessing.of(saved["preprocessing"]) if saved is not None else None
+    if config.data in ARRAYS:
+        size = config.img_size or (preset.image_size if preset else designed)
+        training = _limited(read_arrays(config, True, size), config.train_limit, config.in_chans)
+        validation = _limited(read_arrays(config, False, size), config.val_limit, config.in_chans)
+        classes, notes = tuple(saved["classes"] if saved else training[2]), tuple[str, ...]()
+        own, of_data = tuple(training[0].shape[-2:]), mean_and_std(training[0])
+        settings = preset or Preprocessing.resolve(config, source, config.img_size or own, of_data)
+        splits = [_array_split(config, part, classes, settings, "the images") for part in (training, validation)]
+    else:
+        parts = _listings(config)
+        parts = tuple(part.checked(config.skip_broken) for part in parts)
+        classes = tuple(saved["classes"] if saved else parts[0].classes)
+        sizes = {header.size for part in parts for header in part.headers}
+        small = len(sizes) == 1 and max(next(iter(sizes))) <= LARGEST_IN_MEMORY
+        in_memory = preset.in_memory if preset else small
+        if in_memory and len(sizes) > 1:
+            raise UserError(f"--data {config.data} no longer holds images of one size, and did when the run began.")
+        pixels = [_pixels(part, config.in_chans) for part in parts] if in_memory else None
+        of_data = mean_and_std(pixels[0]) if pixels else None
+        own = tuple(pixels[0].shape[-2:]) if pixels else designed
+        settings = preset or Preprocessing.resolve(config, source, config.img_size or own, of_data)
+        splits = []
+        for number, (part, what) in enumerate(zip(parts, ("training", "validation"), strict=True)):
+            check_classes(classes, part.classes, f"the {what} images")
+            labels = [classes.index(part.labels[i]) for i in part.kept]
+            if pixels:
+                images = pixels[number]
+                splits.append(_memory_split(config, images, torch.tensor(labels), classes, settings))
+            else:
+                splits.append(FileSplit(part.pictures, part.kept, tuple(labels), classes, settings, config))
+        notes = tuple(_notes(parts, classes))
+    if len(classes) < 2:
+        raise UserError(
+            f"--data {config.data} has one class, {classes[0]!r}: there is nothing to tell apart; it takes at least two."
+        )
+    return Data(splits[0], splits[1], settings, notes)
+
+
+def read_validation(config: TrainConfig, saved: Mapping[str, Any]) -> tuple[Split, tuple[str, ...]]:
+    """The validation split of ``config.data`` as a saved run sees it, and notes as of `Data`.
+
+    Args:
+        saved: ``preprocessing`` and ``classes`` of a checkpoint.
+
+    Raises:
+        UserError: as of `read`; a class is none of the model's.
+    """
+    settings, classes = Preprocessing.of(saved["preprocessing"]), tuple(saved["classes"])
+    if config.data in ARRAYS:
+        arrays = _limited(read_arrays(config, False, settings.image_size), config.val_limit, settings.channels)
+        return _array_split(config, arrays, classes, settings, f"--data {config.data}"), ()
+    part = _listings(config, training=False)[-1].checked(config.skip_broken)
+    check_classes(classes, part.classes, f"--data {config.data}")
+    labels = tuple(classes.index(part.labels[i]) for i in part.kept)
+    return FileSplit(part.pictures, part.kept, labels, classes, settings, config), tuple(_notes((part,), classes))
+
+
+def check_classes(known: Sequence[str], found: Sequence[str], where: str) -> None:
+    """Refuse labels outside the classes that a model was built for.
+
+    Raises:
+        UserError: some of ``found`` are none of the ``known`` classes.
+    """
+    extra = [name for name in found if name not in known]
+    if extra:
+        raise UserError(
+            f"the labels of {where} are outside the model's {len(known)} classes: {listed([repr(e) for e in extra], 5)}"
+            f" {'is' if len(extra) == 1 else 'are'} none of {listed(list(known), 10)}."
+        )
+
+
+def _listings(config: TrainConfig, training: bool = True) -> tuple[Listing, ...]:
+    """The training and the validation pictures; the latter alone where nothing is trained."""
+    what, (kind, _, place) = f"--data {config.data}", config.data.partition(":")
+    if kind == "folder":
+        parts = _folder_listings(config, Path(place), what, training)
+    else:
+        parts = _reader_listings(config, what, training)
+    limits = (config.train_limit, config.val_limit)[-len(parts) :]
+    return tuple(part.limited(limit) for part, limit in zip(parts, limits, strict=True))
+
+
+def _folder_listings(config: TrainConfig, root: Path, what: str, training: bool) -> tuple[Listing, ...]:
+    if not root.is_dir():
+        raise UserError(f"{what} must hold train/CLASS/* and val/CLASS/* images, but {root} is no folder.")
+    train, validation = split_folder(root, TRAINING_FOLDERS), split_folder(root, VALIDATION_FOLDERS)
+    if config.val_split:
+        if validation is not None:
+            raise UserError(f"--val-split {config.val_split} does nothing: {validation} holds the validation images.")
+        parts = list_folder(train or root, what).parted(config.val_split)
+        return parts if training else parts[1:]
+    if not training:
+        return (list_folder(validation or train or root, what),)
+    if train is None or validation is None:
+        missing = train if train is not None else root
+        raise UserError(
+            f"{what} must hold train/CLASS/* and val/CLASS/* images, but {root} has no folder"
+            f" {' or '.join(VALIDATION_FOLDERS) if train else ' or '.join(TRAINING_FOLDERS)}; add --val-split 0.1 to set a"
+            f" tenth of {missing}/CLASS/* apart for validation."
+        )
+    return list_folder(train, what), list_folder(validation, what)
+
+
+def _reader_listings(config: TrainConfig, what: str, training: bool) -> tuple[Listing, ...]:
+    """What `timm.data.create_dataset` opens; its readers alone are used, since its data sets pass over broken images."""
+    from timm.data import create_dataset
+
+    tar = config.data.endswith(".tar")
+
+    def listing(split: str) -> Listing:
+        try:
+            options = {"class_map": config.class_map} if config.class_map else {}
+            reader: Any = (
+                create_dataset("", config.data, **options) if tar else create_dataset(config.data, split=split)
+            )
+            reader = reader.reader
+            if tar:
+                targets, indices = reader.targets.tolist(), reader.class_name_to_idx
+            else:
+                targets, indices = list(reader.dataset[reader.label_key]), reader.class_to_idx
+        except Exception as error:  # readers check what they are given with whatever the library under them raises
+            reason = printable(str(error), 300).rstrip(".") or type(error).__name__
+            raise UserError(f"{what} cannot be opened by timm's reader ({split}): {reason}.") from None
+        names = {index: str(name) for name, index in indices.items()}
+        return Listing.of(PicturesOfReader(reader), tuple(names.get(target, str(target)) for target in targets))
+
+    if config.val_split:
+        parts = listing("train").parted(config.val_split)
+        return parts if training else parts[1:]
+    if tar:
+        if training:
+            raise UserError(f"{what} is one archive: add --val-split 0.1 to set a tenth of it apart for validation.")
+        return (listing("validation"),)
+    return (listing("train"), listing("validation")) if training else (listing("validation"),)
+
+
+def _pixels(part: Listing, channels: int) -> Tensor:
+    """Images [N, C, H, W] uint8 of pictures that all have one size."""
+    pictures = (read_picture(part.pictures[i], channels, part.pictures.where(i)) for i in part.kept)
+    images = [torch.from_numpy(np.array(picture)) for picture in pictures]
+    return torch.stack([image[None] if image.ndim == 2 else image.permute(2, 0, 1) for image in images])
+
+
+def _limited(arrays: tuple[Tensor, Tensor, Sequence[str]], limit: int | None, channels: int) -> Any:
+    """A subset of ``limit`` images, with this many channels."""
+    images, labels, classes = arrays
+    kept = subset(len(images), limit)
+    images = images[kept]
+    if channels == 1:
+        from torchvision.transforms.functional import rgb_to_grayscale
+
+        images = rgb_to_grayscale(images)
+    elif channels == 4:
+        images = torch.cat([images, torch.full_like(images[:, :1], 255)], 1)
+    return images, labels[kept], classes
+
+
+def _array_split(
+    config: TrainConfig, arrays: Any, classes: Sequence[str], settings: Preprocessing, where: str
+) -> MemorySplit:
+    images, labels, names = arrays
+    present = labels.unique().tolist()
+    check_classes(classes, [names[i] for i in present], where)
+    places = torch.tensor([list(classes).index(name) if name in classes else -1 for name in names])
+    return _memory_split(config, images, places[labels], classes, settings)
+
+
+def _memory_split(
+    config: TrainConfig, images: Tensor, labels: Tensor, classes: Sequence[str], settings: Preprocessing
+) -> MemorySplit:
+    augmentation = BatchAugmentation(config.crop_padding, config.hflip, config.cutout)
+    return MemorySplit(images, labels, tuple(classes), settings, augmentation, config.seed)
+
+
+def _notes(parts: Sequence[Listing], classes: Sequence[str]) -> Iterator[str]:
+    headers = [header for part in parts for header in part.headers]
+    left_out = sum((part.left_out for part in parts), Counter[str]())
+    if left_out:
+        yield f"left out: {told(left_out)}"
+    if broken := sum(part.broken for part in parts):
+        yield f"left out: {broken} that cannot be read (--skip-broken)"
+    if transparent := sum(header.transparent for header in headers):
+        yield f"{transparent} images with transparency, laid on white"
+    if frames := sum(header.frames for header in headers):
+        yield f"{frames} files with several frames, of which the first is used"
+    found = len(set(parts[-1].classes))
+    if found < len(classes):
+        yield f"the validation images show {found} of the {len(classes)} classes"
