@@ -119,7 +119,11 @@ def evaluate(argv: list[str]) -> int:
     )
     parser.add_argument("run", metavar="RUN_OR_CHECKPOINT", help="a run folder, or a checkpoint such as RUN/last.pt")
     _add_options(
-        parser, only=("data", "data_dir", "download", "val_limit", "batch_size", "workers", "device", "kernels")
+        parser,
+        only=("data", "data_dir", "download", "val_limit", "skip_broken", "batch_size", "workers", "device", "kernels"),
+    )
+    parser.add_argument(
+        "--report", metavar="FOLDER", help="write tables per class, the confusion matrix and the surest mistakes there"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     given = parser.parse(argv)
@@ -132,9 +136,76 @@ def evaluate(argv: list[str]) -> int:
         print(json.dumps(result))
         return 0
     print(f"{result['checkpoint']} on {result['images']} images of {result['data']}")
-    for name, accuracy, loss in zip(result["exits"], result["accuracy"], result["loss"], strict=True):
-        print(f"{name:16s} accuracy {100 * accuracy:5.1f} %   loss {loss:.4f}")
+    for note in result["notes"]:
+        print(note)
+    columns = (result[name] for name in ("exits", "accuracy", "top5_accuracy", "loss"))
+    for name, accuracy, top5, loss in zip(*columns, strict=True):
+        print(f"{name:16s} accuracy {100 * accuracy:5.1f} %   top 5 {100 * top5:5.1f} %   loss {loss:.4f}")
+    for row in result["per_class"]:
+        print(
+            f"class {printable(row['name'], 60):20s} {row['images']:6d} images   accuracy {100 * row['accuracy']:5.1f} %"
+            f"   precision {100 * row['precision']:5.1f} %"
+        )
     return 0
+
+
+def predict(argv: list[str]) -> int:
+    """Label pictures with a trained model."""
+    parser = _Parser(prog="fastlocal predict", description="Label pictures with the trained model of a run.")
+    parser.add_argument("run", metavar="RUN_OR_CHECKPOINT", help="a run folder, or a checkpoint such as RUN/last.pt")
+    parser.add_argument("images", metavar="IMAGE|FOLDER", nargs="+", help="picture files, or folders of them")
+    parser.add_argument("--top-k", metavar="K", help="labels per picture; default: 5")
+    parser.add_argument(
+        "--exit", metavar="auto|NUMBER", help="answer by an early classifier; auto: the first that is sure"
+    )
+    parser.add_argument("--csv", metavar="FILE", help="write a table, too")
+    _add_options(parser, only=("batch_size", "device"))
+    given = parser.parse(argv)
+    top_k = _count("--top-k", given.get("top_k", "5"))
+    exit = given.get("exit")
+    chosen = exit if exit in (None, "auto") else _count("--exit", exit)
+    batch_size = _count("--batch-size", given.get("batch_size", "32"))
+
+    from fastlocal.train import predict as prediction
+
+    answers = prediction.predict(
+        given["run"], given["images"], top_k=top_k, exit=chosen, batch_size=batch_size, device=given.get("device")
+    )
+    prediction.show(answers, exit is not None, given.get("csv"))
+    return 0
+
+
+def export(argv: list[str]) -> int:
+    """Write the trained model of a run for ONNX Runtime or torch.export."""
+    parser = _Parser(
+        prog="fastlocal export",
+        description="Write the trained model of a run, from pixels 0…255 to probabilities. (timm loads the run itself:"
+        ' timm.create_model("local-dir:RUN", pretrained=True).)',
+    )
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("--onnx", metavar="FILE", help="write an ONNX model")
+    parser.add_argument("--torch-export", metavar="FILE", help="write a torch.export program")
+    given = parser.parse(argv)
+    forms = [
+        (form, given[form.replace("-", "_")]) for form in ("onnx", "torch-export") if form.replace("-", "_") in given
+    ]
+    if not forms:
+        raise UserError("fastlocal export needs --onnx FILE or --torch-export FILE.")
+
+    from pathlib import Path
+
+    from fastlocal.train.export import export as write
+
+    for form, file in forms:
+        write(Path(given["run"]), Path(file), form)
+        print(f"{form}: {file}")
+    return 0
+
+
+def _count(flag: str, text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) < 2**31:
+        raise UserError(f"{flag} must be a whole number of at least 1, got {shown(text)}.")
+    return int(text)
 
 
 def plan(argv: list[str]) -> int:

@@ -42,6 +42,7 @@ from fastlocal.train.build import (
 from fastlocal.train.config import TrainConfig, UserError, to_yaml
 from fastlocal.train.data import differences, read, training_indices
 from fastlocal.train.evaluation import Measured, validate
+from fastlocal.train.export import local_dir_configuration
 from fastlocal.train.report import Report, peak_memory
 from fastlocal.train.run_folder import RunFolder, SaveError, default_name
 from fastlocal.train.signals import StopRequest
@@ -417,6 +418,8 @@ class _Run:
         }
         content = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in state.items()}, metadata)
         self.folder.write("model.safetensors", lambda file: file.write(content))
+        about = local_dir_configuration(self.config, self.preprocessing, self.classes)
+        self.folder.write("config.json", lambda file: file.write(about))
 
     def _header(self) -> Iterator[str]:
         config, parameters = self.config, sum(p.numel() for p in self.model.parameters())

@@ -406,3 +406,24 @@ def test_out_of_memory_halves_the_parts_and_goes_on(
     largest = 0
     with pytest.raises(torch.OutOfMemoryError), pytest.warns(UserWarning, match="out of memory"):
         trainer.step(*batch)
+
+
+def test_what_cannot_teach_is_refused(build: Build, batch: Batch) -> None:
+    import timm
+
+    small = {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}
+    with pytest.raises(ValueError, match="num_classes=1, with which there is nothing to tell apart"):
+        fastlocal.LocalTrainer(timm.create_model("vit_tiny_patch16_224", num_classes=1, **small), modules=1)
+    with pytest.raises(ValueError, match="every parameter is frozen"):
+        fastlocal.LocalTrainer(build("vit").requires_grad_(False))
+    trainer = fastlocal.LocalTrainer(build("vit"))
+    images, labels = batch
+    for rows in (
+        torch.zeros(len(labels), 10),
+        torch.eye(10)[labels] * 2,
+        torch.eye(10)[labels] * -1,
+        torch.randn(8, 10),
+    ):
+        with pytest.raises(ValueError, match="a row holds no probabilities"):
+            trainer.step(images, rows)
+    assert trainer.step(images, torch.full((len(labels), 10), 0.1)).loss.isfinite().all()

@@ -176,7 +176,7 @@ def test_an_unusable_folder_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no folder val or valid or validation or test; add --val-split 0.1"):
         _read("train", data=f"folder:{tmp_path}")
     (tmp_path / "val").mkdir()
-    with pytest.raises(UserError, match="is not usable: .*train holds no class folder with images"):
+    with pytest.raises(UserError, match=r"is not usable: .*train holds no class folder with images"):
         _read("train", data=f"folder:{tmp_path}")
 
 

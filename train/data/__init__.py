@@ -32,8 +32,17 @@ from fastlocal.train.data.sources import read_arrays
 from fastlocal.train.data.splits import FileSplit, MemorySplit, Split, mean_and_std, training_indices
 
 __all__ = [
-    *("Data", "FileSplit", "MemorySplit", "Preprocessing", "Split", "differences", "fingerprint"),
-    *("check_classes", "read", "read_validation", "training_indices"),
+    "Data",
+    "FileSplit",
+    "MemorySplit",
+    "Preprocessing",
+    "Split",
+    "check_classes",
+    "differences",
+    "fingerprint",
+    "read",
+    "read_validation",
+    "training_indices",
 ]
 
 LARGEST_IN_MEMORY = 64  # pixels; images that are larger, or not all of one size, are read from their files
@@ -84,7 +93,9 @@ def read(config: TrainConfig, source: Mapping[str, Any], saved: Mapping[str, Any
     else:
         parts = _listings(config)
         parts = tuple(part.checked(config.skip_broken) for part in parts)
-        classes = tuple(saved["classes"] if saved else parts[0].classes)
+        classes = tuple(parts[0].classes)
+        if saved is not None and set(saved["classes"]) == set(classes):
+            classes = tuple(saved["classes"])  # in the order that the model learned; others, the fingerprint will tell
         sizes = {header.size for part in parts for header in part.headers}
         small = len(sizes) == 1 and max(next(iter(sizes))) <= LARGEST_IN_MEMORY
         in_memory = preset.in_memory if preset else small
@@ -104,11 +115,28 @@ def read(config: TrainConfig, source: Mapping[str, Any], saved: Mapping[str, Any
             else:
                 splits.append(FileSplit(part.pictures, part.kept, tuple(labels), classes, settings, config))
         notes = tuple(_notes(parts, classes))
+    _check_augmentation(config, settings.in_memory)
     if len(classes) < 2:
         raise UserError(
             f"--data {config.data} has one class, {classes[0]!r}: there is nothing to tell apart; it takes at least two."
         )
     return Data(splits[0], splits[1], settings, notes)
+
+
+SMALL = ("crop_padding", "cutout")
+LARGE = ("vflip", "scale", "ratio", "color_jitter", "aa", "reprob", "train_interpolation")
+
+
+def _check_augmentation(config: TrainConfig, in_memory: bool) -> None:
+    """Refuse augmentation that the images at hand would not get."""
+    for name in LARGE if in_memory else SMALL:
+        if getattr(config, name) != config.__dataclass_fields__[name].default:
+            reason = (
+                "images of one small size are held in memory, and get --crop-padding, --hflip and --cutout"
+                if in_memory
+                else f"it is for images that are all of one size up to {LARGEST_IN_MEMORY} pixels"
+            )
+            raise UserError(f"--{name.replace('_', '-')} would do nothing: {reason}.")
 
 
 def read_validation(config: TrainConfig, saved: Mapping[str, Any]) -> tuple[Split, tuple[str, ...]]:
