@@ -114,10 +114,15 @@ def _check_geometry(name: str, model: nn.Module, image_size: tuple[int, int]) ->
     Raises:
         UserError: the sentence says which arguments to add.
     """
-    model, enlarged = cast(Any, model), f"or img_size={pretrained_configuration(name)['input_size'][-1]} to enlarge the images"
+    model, enlarged = (
+        cast(Any, model),
+        f"or img_size={pretrained_configuration(name)['input_size'][-1]} to enlarge the images",
+    )
     height, width = model.patch_embed.grid_size
     fitting = f"patch_size={max(min(image_size) // 8, 1)}"
-    problem = f"makes {height} × {width} tokens of images of {pixels(image_size)} pixels" if height * width < 16 else None
+    problem = (
+        f"makes {height} × {width} tokens of images of {pixels(image_size)} pixels" if height * width < 16 else None
+    )
     if name.startswith("swin"):
         fitting = f"patch_size={max(min(image_size) // 16, 1)} window_size=4"
         for stage in model.layers:

@@ -39,7 +39,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--results", default=str(results.RESULTS), help="folder that the rows go to (%(default)s)")
     given = options_of(parser, argv)
     if "model_kwargs" in given:  # flag texts, as yet
-        given["model_kwargs"] = TrainConfig(model_kwargs=given["model_kwargs"]).model_kwargs
+        checked = TrainConfig(model_kwargs=given["model_kwargs"])
+        given["model_kwargs"] = checked.model_kwargs
+        given |= {} if checked.img_size is None else {"img_size": checked.img_size}
     name, folder = given.pop("recipe", None), Path(given.pop("results")) / "accuracy"
     asked = {axis: given.pop(axis, None) for axis in ("tasks", "variants", "objectives")}
     if "experiment" in given:

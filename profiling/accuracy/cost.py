@@ -14,7 +14,7 @@ from fastlocal.train.build import build_model, build_trainer
 from fastlocal.train.config import TrainConfig
 
 
-def flops_ratio(config: TrainConfig, classes: int, image_size: int, steps: int) -> float:
+def flops_ratio(config: TrainConfig, classes: int, image_size: tuple[int, int], steps: int) -> float:
     """FLOPs of the run's average step ÷ those of a plain step: one module, nothing recomputed.
 
     Args:
@@ -40,12 +40,12 @@ def _said(config: TrainConfig) -> str:
 
 
 @functools.cache
-def _step_flops(options: str, classes: int, image_size: int, *, exact: bool) -> int:
+def _step_flops(options: str, classes: int, image_size: tuple[int, int], *, exact: bool) -> int:
     config = TrainConfig.of(**json.loads(options))
     with torch.device("meta"):
         model = build_model(config, classes, image_size)
     with memory.dry_run():
         trainer = build_trainer(config, memory.fake_copy(model), torch.device("cpu"), None)
-        images = torch.empty(2, 3, image_size, image_size, dtype=torch.uint8)
+        images = torch.empty(2, config.in_chans, *image_size, dtype=torch.uint8)
         labels = torch.zeros(2, dtype=torch.int64)
         return count(lambda: trainer.step(images, labels, exact=exact))

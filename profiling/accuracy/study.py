@@ -80,7 +80,7 @@ def _train(job: Job) -> dict[str, Any]:
         "best_accuracy": summary.best_accuracy,
         "curve": [[round(share, 4) for share in epoch["validation_accuracy"]] for epoch in epochs],
         "flops_ratio": round(
-            flops_ratio(config, len(saved["classes"]), saved["image_size"], epochs[0]["step"]),
+            flops_ratio(config, len(saved["classes"]), tuple(saved["preprocessing"]["image_size"]), epochs[0]["step"]),
             4,
         ),
         "images_per_second": statistics.median(epoch["images_per_second"] for epoch in epochs),

@@ -138,9 +138,9 @@ def test_a_study_has_a_row_per_run_and_tells_price_and_gap(
 
 def test_exact_steps_cost_one_more_forward_of_all_modules_but_the_last() -> None:
     config = TrainConfig.of(**VIT, modules=4, objective="cross-entropy", epochs=4)
-    exact = flops_ratio(replace(config, objective="end-to-end"), 10, 8, 10)
+    exact = flops_ratio(replace(config, objective="end-to-end"), 10, (8, 8), 10)
     assert exact == pytest.approx(1 + 3 / 4 / 3, rel=0.02)  # a forward is a third of a step
-    assert flops_ratio(replace(config, exact_epochs=1), 10, 8, 10) == pytest.approx(1 + (exact - 1) / 4, abs=0.02)
+    assert flops_ratio(replace(config, exact_epochs=1), 10, (8, 8), 10) == pytest.approx(1 + (exact - 1) / 4, abs=0.02)
 
 
 def _row(variant: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:

@@ -58,7 +58,16 @@ def test_train_then_evaluate_then_plain_timm(cli: Command, flags: Flags, tmp_pat
     assert "epoch 3/3" in trained.out
     folder = tmp_path / "runs" / "tiny"
     assert {file.name for file in folder.iterdir()} == {
-        *("config.yaml", "metrics.jsonl", "last.pt", "previous.pt", "best.pt", "model.safetensors", ".lock")
+        *(
+            "config.yaml",
+            "metrics.jsonl",
+            "last.pt",
+            "previous.pt",
+            "best.pt",
+            "model.safetensors",
+            "config.json",
+            ".lock",
+        )
     }
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -113,11 +113,11 @@ def test_a_wrong_file_is_told_in_one_sentence(tmp_path: Path, content: str | Non
 
 
 def test_choices_are_the_engines() -> None:
-    from fastlocal import decoders, kernels, module, objectives, residency, trainer
+    from fastlocal import decoders, engine, kernels, module, objectives, residency
 
     assert set(OBJECTIVES) == set(objectives.OBJECTIVES)
     assert set(DECODERS) == set(decoders.DECODERS)
-    assert set(COMPILE_MODES) == set(trainer.COMPILE_MODES)
+    assert set(COMPILE_MODES) == set(engine.COMPILE_MODES)
     choices = {name: set(option.metadata["choices"]) for name, option in TrainConfig.__dataclass_fields__.items()}
     assert choices["kernels"] == set(kernels.dispatch.CHOICES)
     assert choices["recompute"] == set(get_args(module.Recompute))
