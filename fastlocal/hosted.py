@@ -83,6 +83,9 @@ class HostedOptimizer:
 
     Args:
         slabs: the slab of each of its parameters.
+
+    Raises:
+        ValueError: the optimizer needs all gradients at once.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, slabs: Mapping[nn.Parameter, Slab], bus: Bus) -> None:
@@ -90,6 +93,12 @@ class HostedOptimizer:
         self._slabs = slabs
         self._bus = bus
         self._elementwise = type(optimizer) in ELEMENTWISE
+        if isinstance(optimizer, timm.optim.Lamb) and any(g["max_grad_norm"] for g in optimizer.param_groups):
+            raise ValueError(
+                "optimizer: LAMB with max_grad_norm divides by the norm of all gradients, and residency='optimizer' and"
+                " 'module' step on a few parameters at a time; set max_grad_norm=None (and clip_grad of the trainer), or"
+                " residency='all'."
+            )
 
     def step(self) -> None:
         """Step on the gradients that the parameters hold, and set those to None."""
@@ -98,8 +107,9 @@ class HostedOptimizer:
         optimizer.zero_grad(set_to_none=True)
         before = {p: dict(optimizer.state.get(p, {})) for p in gradients}  # what every slice of a parameter starts from
         slices = self._slices(gradients)
-        members = [group["params"] for group in optimizer.param_groups]
-        group_of = {p: i for i, parameters in enumerate(members) for p in parameters}
+        # Some optimizers count their steps in a group; every slice must be the same step.
+        groups = [dict(group) for group in optimizer.param_groups]
+        group_of = {p: i for i, group in enumerate(groups) for p in group["params"]}
         try:
             for i, current in enumerate(slices):
                 if i == 0:
@@ -108,9 +118,11 @@ class HostedOptimizer:
                 if i + 1 < len(slices):
                     self._fetch(slices[i + 1], before)
                 values = [self._value(current, piece, gradients[piece.parameter], before) for piece in current.pieces]
-                for i_group, group in enumerate(optimizer.param_groups):
+                for index, (group, whole) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
                     pairs = zip(current.pieces, values, strict=True)
-                    group["params"] = [value for piece, value in pairs if group_of[piece.parameter] == i_group]
+                    members = [value for piece, value in pairs if group_of[piece.parameter] == index]
+                    group.clear()
+                    group.update(whole, params=members)
                 optimizer.step()
                 for group in optimizer.param_groups:
                     group["params"] = []
@@ -120,8 +132,8 @@ class HostedOptimizer:
                         del gradients[piece.parameter]
                 del values  # they hold the slice, and the one after the next is fetched now
         finally:
-            for group, parameters in zip(optimizer.param_groups, members, strict=True):
-                group["params"] = parameters
+            for group, whole in zip(optimizer.param_groups, groups, strict=True):
+                group["params"] = whole["params"]
 
     def park(self) -> None:
         """Move the states, wherever they are, to the host."""

@@ -6,7 +6,7 @@ How bytes are counted
     arguments still live, as they do on a device. Tensors that existed before the step count from the start if they
     are given to the `Meter`, and otherwise from the first operation that reads them.
     A fused op of fastlocal counts the scratch memory that it documents (``workspace_bytes``) beside its results, but
-    not on real CPU tensors, where its reference runs in other memory.
+    not on real CPU tensors, where its reference runs in less, which nobody counts.
     Not counted: scratch memory inside any other operation (a convolution's workspace), the allocator's rounding (512
     bytes on CUDA) and fragmentation. On CUDA the meter reports torch's own peak beside its own, which includes the
     first two.
