@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from torch._functorch import config as functorch_config
 
 from fastlocal.kernels import dispatch, use_kernels
 from fastlocal.profiling import results
+from fastlocal.profiling.timer import Quantiles, cuda_milliseconds, differ, interleaved
 from fastlocal.profiling.workloads import COMPILED, FLEX, OURS, UNFUSED, Problem, Provider, Workload
 
 BATCH = 64
@@ -24,19 +25,20 @@ DTYPES = (torch.bfloat16, torch.float16)
 # only.
 SLOW_TO_BUILD = (FLEX, COMPILED)
 
-Quantiles = tuple[float, float, float]  # p20, p50, p80 in milliseconds
-Timer = Callable[[Callable[[], Any]], Quantiles]
+Timer = Callable[[Mapping[str, Callable[[], Any]]], dict[str, Quantiles]]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """Where and how to time; ``peak_bytes`` runs a function and returns the most memory it held at one time."""
+    """Where and how to time: ``timer`` takes all variants at once; ``peak_bytes`` runs a function and returns the most
+    memory it held at one time; ``state`` is what the card says of its clocks and power."""
 
     device: torch.device
     batch: int
     timer: Timer
     peak_bytes: Callable[[Callable[[], Any]], int]
     copy_bandwidth: float  # bytes per second, read + written
+    state: Callable[[], dict[str, str]] = dict
 
 
 def cuda_bench() -> Bench:
@@ -44,16 +46,16 @@ def cuda_bench() -> Bench:
     device = torch.device("cuda", torch.cuda.current_device())
     source = torch.empty(2**29, dtype=torch.bfloat16, device=device).normal_()
     target = torch.empty_like(source)
-    _, milliseconds, _ = _cuda_quantiles(lambda: target.copy_(source))
-    return Bench(device, BATCH, _cuda_quantiles, _cuda_peak_bytes, 2 * source.nbytes / (milliseconds * 1e-3))
+    copy = cuda_milliseconds(before=lambda: None)
+    _, milliseconds, _ = interleaved({"copy": lambda: target.copy_(source)}, copy)["copy"]
+    # 2 GiB: many times any card's L2 cache, and longer than a launch takes.
+    clock = cuda_milliseconds(before=lambda: target.copy_(source))
 
+    def timer(variants: Mapping[str, Callable[[], Any]]) -> dict[str, Quantiles]:
+        return interleaved(variants, clock)
 
-def _cuda_quantiles(function: Callable[[], Any]) -> Quantiles:
-    import triton
-
-    # Clears the L2 cache before each run, so that inputs come from memory as they do in training.
-    p20, p50, p80 = triton.testing.do_bench(function, quantiles=[0.2, 0.5, 0.8])
-    return p20, p50, p80
+    bandwidth = 2 * source.nbytes / (milliseconds * 1e-3)
+    return Bench(device, BATCH, timer, _cuda_peak_bytes, bandwidth, results.card_state)
 
 
 def _cuda_peak_bytes(function: Callable[[], Any]) -> int:
@@ -82,8 +84,8 @@ def time_kernels(bench: Bench, chosen: Sequence[Workload], path: Path) -> list[d
     return rows
 
 
-def _workload_rows(bench: Bench, workload: Workload, dtype: torch.dtype) -> Any:
-    """Rows of one workload, as they become known."""
+def _workload_rows(bench: Bench, workload: Workload, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    """Rows of one workload, as they become known; all providers of one direction are timed in turn."""
     place = {"bench": "kernels", "op": workload.op, "shape": workload.shape, "dtype": str(dtype).removeprefix("torch.")}
     torch._dynamo.reset()  # each workload's rivals are compiled for its shapes alone
     wrong = check(workload, dtype, bench.device)
@@ -93,43 +95,49 @@ def _workload_rows(bench: Bench, workload: Workload, dtype: torch.dtype) -> Any:
         return
     torch.manual_seed(0)
     problem = workload.problem(bench.batch, dtype, bench.device)
-    for name, provider in problem.providers.items():
-        if name in SLOW_TO_BUILD and dtype != DTYPES[0]:
-            continue
-        for direction in DIRECTIONS:
-            row: dict[str, Any] = {
-                **place,
-                "provider": name,
-                "direction": direction,
-                "batch": bench.batch,
-                "error": None,
-            }
+    providers = {
+        name: provider
+        for name, provider in problem.providers.items()
+        if name not in SLOW_TO_BUILD or dtype == DTYPES[0]
+    }
+    for direction in DIRECTIONS:
+        place |= {"direction": direction, "batch": bench.batch}
+        functions: dict[str, Callable[[], Any]] = {}
+        peaks: dict[str, int] = {}
+        for name, provider in list(providers.items()):
             try:
-                row |= measure(bench, problem, provider, direction)
+                functions[name] = _function(provider, direction)
+                peaks[name] = bench.peak_bytes(functions[name])
             except Exception as error:  # that a provider cannot run this shape or version is a result too
-                yield {**row, "error": (str(error).strip() or repr(error)).split("\n")[0]}
-                break
+                functions.pop(name, None)
+                del providers[name]
+                yield {**place, "provider": name, "error": (str(error).strip() or repr(error)).split("\n")[0]}
+        times = bench.timer(functions)
+        fastest_rival = min((times[name] for name in times if name != OURS), key=lambda t: t.p50, default=None)
+        for name, (p20, p50, p80) in times.items():
+            bandwidth = _compulsory_bytes(problem, direction) / (p50 * 1e-3)
+            row = {**place, "provider": name, "error": None, **bench.state()}
+            row |= {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "gb_per_s": bandwidth / 1e9}
+            row |= {"of_copy_bandwidth": bandwidth / bench.copy_bandwidth, "peak_mib": peaks[name] / 2**20}
+            if name == OURS and fastest_rival is not None:
+                row["beyond_spread"] = differ(times[name], fastest_rival)
             yield row
 
 
-def measure(bench: Bench, problem: Problem, provider: Provider, direction: Direction) -> dict[str, float]:
-    """Time, effective bandwidth (compulsory bytes over time) and peak memory of one provider in one direction."""
+def _function(provider: Provider, direction: Direction) -> Callable[[], Any]:
+    """What is timed: the forward, the backward of one graph again and again, or both."""
+    if direction == "forward":
+        return provider.run
     out = provider.run()
     d_out = torch.randn_like(out)
+    if direction == "backward":
+        return lambda: torch.autograd.grad(out, provider.leaves, d_out, retain_graph=True)
+    return lambda: torch.autograd.grad(provider.run(), provider.leaves, d_out)
 
-    functions: dict[Direction, Callable[[], Any]] = {
-        "forward": provider.run,
-        "backward": lambda: torch.autograd.grad(out, provider.leaves, d_out, retain_graph=True),
-        "both": lambda: torch.autograd.grad(provider.run(), provider.leaves, d_out),
-    }
+
+def _compulsory_bytes(problem: Problem, direction: Direction) -> int:
     sizes = {"forward": problem.forward_bytes, "backward": problem.backward_bytes}
-    sizes["both"] = sum(sizes.values())
-    p20, p50, p80 = bench.timer(functions[direction])
-    bandwidth = sizes[direction] / (p50 * 1e-3)
-    row = {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "gb_per_s": bandwidth / 1e9}
-    row["of_copy_bandwidth"] = bandwidth / bench.copy_bandwidth
-    row["peak_mib"] = bench.peak_bytes(functions[direction]) / 2**20
-    return row
+    return sum(sizes.values()) if direction == "both" else sizes[direction]
 
 
 # --- Correctness ------------------------------------------------------------------------------------------------------
@@ -187,6 +195,7 @@ def _progress(row: dict[str, Any]) -> str:
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Median milliseconds by provider, and what the fused op reaches of the card's copy bandwidth."""
     lines: dict[tuple[str, ...], dict[str, Any]] = {}
+    ties: set[tuple[str, ...]] = set()
     for row in rows:
         key = tuple(row[name] for name in ("op", "shape", "dtype", "direction"))
         if row["direction"] == "check" or row["error"] is not None:
@@ -195,16 +204,19 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         line[f"{row['provider']} ms"] = row["p50_ms"]
         if row["provider"] == OURS:
             line |= {"GB/s": row["gb_per_s"], "of copy": row["of_copy_bandwidth"], "peak MiB": row["peak_mib"]}
+            if not row.get("beyond_spread", True):
+                ties.add(key)
     if not lines:
         return "Nothing was timed."
-    for line in lines.values():
+    for key, line in lines.items():
         rivals = [value for name, value in line.items() if name.endswith(" ms") and name != f"{OURS} ms"]
         if rivals and f"{OURS} ms" in line:
-            line["× best rival"] = min(rivals) / line[f"{OURS} ms"]
+            line["× best rival"] = "within the spread" if key in ties else min(rivals) / line[f"{OURS} ms"]
     columns = dict.fromkeys(name for line in lines.values() for name in line)
     legend = (
-        "Medians; triton.testing.do_bench clears the L2 cache before each run. GB/s: compulsory "
-        "bytes (inputs once, outputs once) over time; of copy: that over the card's measured device-to-device copy."
+        "Medians of launches in turn, random inputs, the L2 cache filled with other data before each. No factor where "
+        "the medians differ by less than either spread (p20 to p80). GB/s: compulsory bytes (inputs once, outputs "
+        "once) over time; of copy: that over the card's measured device-to-device copy."
     )
     return f"{results.markdown_table(list(lines.values()), {name: name for name in columns})}\n\n{legend}"
 

@@ -38,6 +38,13 @@ def origin() -> dict[str, str]:
     }
 
 
+def card_state() -> dict[str, str]:
+    """Clocks, power limit and temperature of the first card now, as its driver says; empty without one."""
+    fields = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")
+    found = _output("nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0")
+    return dict(zip(fields, map(str.strip, found.split(",")), strict=True)) if found else {}
+
+
 def card_folder(output: Path = RESULTS) -> Path:
     """The folder of this machine's results, ``output``/<card>, created if need be."""
     folder = output / slug(origin()["card"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
@@ -15,6 +16,7 @@ import torch
 from fastlocal.profiling import kernel_timing, results, workloads
 from fastlocal.profiling.cli import bench
 from fastlocal.profiling.kernel_timing import Bench
+from fastlocal.profiling.timer import Quantiles, differ, interleaved
 from fastlocal.profiling.workloads import COMPILED, FLEX, FUSED, OURS, UNFUSED, Problem, Provider, Workload
 
 CPU = torch.device("cpu")
@@ -39,15 +41,15 @@ LOSS = Workload("reconstruction_loss", "small", _without_compiler(workloads._rec
 def _bench() -> Bench:
     calls: list[Any] = []
 
-    def timer(function: Callable[[], Any]) -> kernel_timing.Quantiles:
-        calls.append(function())
-        return 1.0, 2.0, 3.0
+    def timer(variants: Mapping[str, Callable[[], Any]]) -> dict[str, Quantiles]:
+        calls.extend(function() for function in variants.values())
+        return dict.fromkeys(variants, Quantiles(1.0, 2.0, 3.0))
 
     def peak_bytes(function: Callable[[], Any]) -> int:
         function()
         return 3 * 2**20
 
-    return Bench(CPU, 3, timer, peak_bytes, copy_bandwidth=1e9)
+    return Bench(CPU, 3, timer, peak_bytes, copy_bandwidth=1e9, state=lambda: {"clocks.sm": "1980 MHz"})
 
 
 @pytest.mark.parametrize("workload", [WINDOWS, ATTENTION, LOSS], ids=lambda workload: workload.op)
@@ -71,6 +73,8 @@ def test_every_row_is_timed_and_written(workload: Workload, tmp_path: Path) -> N
     assert forward["gb_per_s"] == pytest.approx(problem.forward_bytes / 2e-3 / 1e9)
     assert forward["of_copy_bandwidth"] == pytest.approx(problem.forward_bytes / 2e-3 / 1e9)
     assert forward["peak_mib"] == 3
+    assert {row["clocks.sm"] for row in timed} == {"1980 MHz"}
+    assert {row["beyond_spread"] for row in timed if row["provider"] == OURS} == {False}  # the same times for all
     assert set(results.origin()) <= set(written[0])
 
 
@@ -143,6 +147,41 @@ def test_a_rival_that_fails_is_a_row(tmp_path: Path) -> None:
     failed = [row for row in rows if row["error"] is not None]
     assert [(row["provider"], row["error"]) for row in failed] == [("broken", "not for this shape")] * 2
     assert "broken" not in kernel_timing.table(rows)
+
+
+def test_variants_run_in_turn_so_that_drift_hits_all_alike() -> None:
+    """A card that gets slower all the time: one after the other, the second of two equal variants would lose."""
+    order: list[str] = []
+    now = [1.0]
+
+    def milliseconds(functions: Any) -> list[float]:
+        taken = []
+        for function in functions:
+            function()
+            now[0] *= 1.01
+            taken.append(now[0] * (2.0 if order[-1] == "slow" else 1.0))
+        return taken
+
+    variants = {name: functools.partial(order.append, name) for name in ("one", "other", "slow")}
+    times = interleaved(variants, milliseconds)
+    rounds = [order[i : i + 3] for i in range(0, len(order), 3)]
+    assert all(sorted(names) == ["one", "other", "slow"] for names in rounds)
+    assert {names[0] for names in rounds} == set(variants)  # none always goes first
+    assert times["one"].p50 == pytest.approx(times["other"].p50, rel=0.05)
+    assert not differ(times["one"], times["other"])
+
+
+def test_a_difference_needs_to_exceed_the_spread() -> None:
+    assert differ(Quantiles(0.9, 1.0, 1.1), Quantiles(1.2, 1.3, 1.4))
+    assert not differ(Quantiles(0.9, 1.0, 1.3), Quantiles(1.2, 1.3, 1.4))
+
+
+def test_no_factor_within_the_spread() -> None:
+    place = {"op": "attention", "shape": "ViT", "dtype": "bfloat16", "direction": "both", "error": None}
+    ours = {**place, "provider": OURS, "p50_ms": 2.0, "gb_per_s": 9.0, "of_copy_bandwidth": 0.9, "peak_mib": 1.0}
+    rival = {**place, "provider": FUSED, "p50_ms": 2.1}
+    assert "within the spread" in kernel_timing.table([{**ours, "beyond_spread": False}, rival])
+    assert "1.05" in kernel_timing.table([{**ours, "beyond_spread": True}, rival])
 
 
 def test_table_compares_with_the_best_rival(tmp_path: Path) -> None:
