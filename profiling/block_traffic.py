@@ -6,7 +6,6 @@ its own scheduler says what each kernel it would generate reads and writes.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -182,8 +181,7 @@ def _module_of(node: Any) -> str:
     """The submodule whose forward made a node of the graph, or whose backward it is."""
     stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     paths = [path.partition("L['self'].")[2] for path, _ in stack.values()]
-    # The fused ops hold the module they replace the forward of; its path goes through them.
-    return re.sub(r"(\b_attn|\.forward)\.args\[0\]", "", paths[-1] if paths else "").lstrip(".") or OWN
+    return (paths[-1] if paths else "") or OWN
 
 
 # --- Tables -----------------------------------------------------------------------------------------------------------

@@ -57,6 +57,16 @@ MODELS: dict[str, tuple[str, dict[str, Any], int, int]] = {
         2,
     ),
     "eva": ("eva02_tiny_patch14_224", {"img_size": 56, "depth": 2}, 56, 2),
+    "vit-8-channel-heads": (
+        "vit_tiny_patch16_224",
+        {"img_size": 64, "depth": 1, "embed_dim": 48, "num_heads": 6},
+        64,
+        1,
+    ),
+    "vit-relpos": ("vit_relpos_small_patch16_224", {"img_size": 64, "depth": 2, "embed_dim": 96}, 64, 2),
+    "vit-shared-relpos": ("vit_srelpos_small_patch16_224", {"img_size": 64, "depth": 2, "embed_dim": 96}, 64, 2),
+    "maxvit": ("maxvit_rmlp_pico_rw_256", {"img_size": 64, "embed_dim": (32, 32), "depths": (1, 1)}, 64, 4),
+    "maxvit-tf": ("maxvit_tiny_tf_224", {"img_size": 64, "embed_dim": (32, 32), "depths": (1, 1)}, 64, 4),
 }
 
 
