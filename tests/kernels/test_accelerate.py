@@ -13,6 +13,7 @@ import timm
 import torch
 from timm.models.swin_transformer import SwinTransformerBlock
 from torch import Tensor, nn
+from torchvision.models.swin_transformer import PatchMergingV2, SwinTransformer, SwinTransformerBlockV2
 
 from fastlocal.kernels import accelerate, restore, use_kernels
 
@@ -151,6 +152,95 @@ def test_copies_are_models_of_their_own(duplicate: str) -> None:
     assert restore(copied) == layers
 
 
+@pytest.mark.parametrize("name", ["swin-window4", "vit", "beit", "eva", "maxvit"])
+def test_shallow_copies_compute_with_what_they_hold(name: str) -> None:
+    """copy.copy and the replicas of DataParallel: parameters put into the copy are the ones it uses."""
+    model, images, _ = build(name)
+    model.eval()
+    accelerate(model)
+    out = model(images)
+    layer = next(
+        m for m in model.modules() if type(m).__module__ == "fastlocal.kernels.fused_layers" and hasattr(m, "qkv")
+    )
+    for replica in (copy.copy(layer), layer._replicate_for_data_parallel()):
+        assert type(replica) is type(layer)
+        assert not any(callable(value) and getattr(value, "args", None) for value in vars(replica).values())
+    copied = copy.copy(layer)
+    copied._modules = dict(layer._modules, proj=nn.Identity())  # type: ignore[assignment]
+    for parent in model.modules():
+        for child_name, child in parent.named_children():
+            if child is layer:
+                setattr(parent, child_name, copied)
+    assert not torch.equal(model(images), out)
+
+
+def test_layers_with_a_forward_of_their_own_keep_it() -> None:
+    """Somebody's patch stays in use, is not counted, and outlives `restore`."""
+    model, images, layers = build("vit")
+    calls = []
+    layer = model.blocks[0].attn
+    original = layer.forward
+    layer.forward = patched = lambda x, *args, **kwargs: calls.append(1) or original(x, *args, **kwargs)
+    assert accelerate(model) == layers - 1
+    model(images)
+    assert calls == [1]
+    assert restore(model) == layers - 1
+    assert layer.forward is patched
+
+
+def test_hooks_on_the_attention_of_a_window_block_fire() -> None:
+    """As fully_shard(block.attn) needs, whose hook gathers the parameters."""
+    model, images, layers = build("swin-window4")
+    accelerate(model)
+    fired = []
+    for block in (block for stage in model.layers for block in stage.blocks):
+        block.attn.register_forward_pre_hook(lambda *_: fired.append(1))
+    model(images)
+    assert len(fired) == layers
+
+
+@pytest.mark.parametrize("name", ["swin-window4", "swin-v2", "vit", "maxvit"])
+def test_dropout_turned_on_later_is_refused(name: str) -> None:
+    model, images, _ = build(name)
+    accelerate(model)
+    for module in model.modules():
+        if hasattr(module, "attn_drop"):
+            module.attn_drop.p = 0.1
+    with pytest.raises(
+        RuntimeError, match=r"has attention dropout 0\.1, which the fused ops do not apply: set it to 0"
+    ):
+        model.train()(images)
+    model.eval()(images)
+
+
+def test_a_class_changed_since_cannot_be_restored() -> None:
+    model, _, _ = build("vit")
+    accelerate(model)
+    layer = model.blocks[0].attn
+    layer.__class__ = type("Sharded", (type(layer),), {})
+    with pytest.raises(ValueError, match=r"blocks\.0\.attn has become a Sharded since accelerate"):
+        restore(model)
+
+
+@pytest.mark.parametrize("name", ["swin_t", "swin_v2_t"])
+def test_torchvisions_swin(name: str, relative_error: ErrorOf) -> None:
+    torch.manual_seed(0)
+    window = [8, 8] if "v2" in name else [7, 7]
+    arguments: dict[str, Any] = {"embed_dim": 24, "depths": [2, 2], "num_heads": [1, 2], "window_size": window}
+    if "v2" in name:
+        arguments |= {"block": SwinTransformerBlockV2, "downsample_layer": PatchMergingV2}
+    model = SwinTransformer(patch_size=[4, 4], num_classes=10, stochastic_depth_prob=0.0, **arguments).double()
+    images = torch.randn(2, 3, 72, 72, dtype=torch.float64)  # both stages pad
+    out, expected = gradients(model, images)
+    assert accelerate(model) == 4
+    fused_out, found = gradients(model, images)
+    assert relative_error(fused_out, out) < 1e-12
+    assert found.keys() == expected.keys()
+    whole = torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    assert all((found[parameter] - gradient).norm() < 1e-12 * whole for parameter, gradient in expected.items())
+    assert restore(model) == 4
+
+
 def test_state_dict_travels_both_ways() -> None:
     plain, images, _ = build("swin-window4")
     fused, _, _ = build("swin-window4")
@@ -248,10 +338,17 @@ def test_whole_model_through_the_kernels(architecture: str, side: int, relative_
 
 
 def test_nothing_to_swap() -> None:
-    with pytest.raises(ValueError, match=r"model must contain timm layers .*, got Sequential without one\."):
+    with pytest.raises(ValueError, match=r"model must contain layers .*, got Sequential without one\."):
         accelerate(nn.Sequential(nn.Linear(2, 2)))
     with pytest.raises(ValueError, match="got ResNet without one"):
         accelerate(timm.create_model("resnet10t"))
+
+
+def test_refusal_names_the_attention_that_was_found() -> None:
+    with pytest.raises(
+        ValueError, match=r"got ModuleList without one; it has torch\.nn\.modules\.activation\.Multihead"
+    ):
+        accelerate(nn.ModuleList([nn.MultiheadAttention(16, 2)]))
 
 
 def test_subclasses_are_left_alone() -> None:
@@ -266,7 +363,7 @@ def test_subclasses_are_left_alone() -> None:
     ("block", "reason"),
     [
         ({"attn_drop": 0.1}, r"blocks\.1 has attention dropout 0\.1, which the fused ops do not apply"),
-        ({"num_heads": 1}, r"blocks\.1 has 192 channels per head, and the fused ops take at most 128"),
+        ({"num_heads": 1}, r"blocks\.1 has 192 channels per head, and the fused op takes at most 128"),
         ({"window_size": 24}, r"blocks\.1 has windows of 576 tokens, and the fused op takes at most 256"),
     ],
 )
