@@ -422,7 +422,7 @@ def _head_blocks(queries: int, head_dim: int, dtype: torch.dtype, has_bias: bool
     block = max(32, triton.next_power_of_2(queries))
     if head_dim > 64 or block > (64 if dtype == torch.float32 else 128 if has_bias else 256):
         return None
-    return Blocks(block, 32, 8 if block > (64 if has_bias else 128) else 4, 1)
+    return Blocks(block, 16 if block == 256 else 32, 8 if block > (64 if has_bias else 128) else 4, 1)
 
 
 def _blocks(kernel: str, head_dim: int, dtype: torch.dtype, has_bias: bool) -> Blocks:
