@@ -34,9 +34,9 @@ class Bus:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.moved = 0
-        self._incoming, self._outgoing = (
-            (torch.cuda.Stream(device), torch.cuda.Stream(device)) if device.type == "cuda" else (None, None)
-        )
+        card = device.type == "cuda"
+        self._incoming = torch.cuda.Stream(device) if card else None
+        self._outgoing = torch.cuda.Stream(device) if card else None
         self._idle: list[Tensor] = []
 
     def host(self, elements: int, dtype: torch.dtype) -> Tensor:
@@ -63,8 +63,7 @@ class Bus:
 
     def give_back(self, value: Tensor) -> None:
         """Let `borrow` hand out the memory of ``value`` again."""
-        storage = value.untyped_storage()
-        self._idle.append(torch.empty(0, dtype=torch.uint8).set_(storage, 0, (storage.nbytes(),)))
+        self._idle.append(torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage()))
 
     def fetch(self, host: Tensor) -> Tensor:
         """A copy of ``host`` on the device, on its way; `arrive` before it is used."""

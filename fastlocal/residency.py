@@ -236,5 +236,8 @@ def _castable(modules: Sequence[LocalModule]) -> Iterator[nn.Parameter]:
     for module in modules:
         decoder = set(module.decoder.modules()) if module.decoder is not None else set()
         for layer in module.modules():
-            if layer not in decoder and type(layer) in (nn.Linear, nn.Conv2d) and layer.weight.dtype == torch.float32:
-                yield layer.weight
+            if layer in decoder or type(layer) not in (nn.Linear, nn.Conv2d):
+                continue
+            weight = cast(nn.Parameter, layer.weight)
+            if weight.dtype == torch.float32:
+                yield weight

@@ -141,7 +141,7 @@ class LocalTrainer:
         self.objective: Objective = OBJECTIVES[objective](first_target)
         self.kernels: Choice = kernels
         self.steps = 0
-        normalization = _mean_std(normalize, model, self.backbone.image.channels)
+        mean, std = _mean_std(normalize, model, self.backbone.image.channels)
         loss = loss_weights(self.objective, len(self.spans), regularizer_weight, classification_weight)
 
         # The average is copied first: it shares neither fused attention nor host memory with the model.
@@ -167,7 +167,7 @@ class LocalTrainer:
             trained=trained,
             optimizers=optimizers,
             weights=loss,
-            normalization=tuple(value.to(self.device) for value in normalization),
+            normalization=(mean.to(self.device), std.to(self.device)),
             residency=self.residency,
             bus=bus,
             options=stepping,

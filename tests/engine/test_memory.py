@@ -420,7 +420,7 @@ def test_a_step_is_counted_as_the_allocator_does(options: dict[str, Any]) -> Non
     shape: dict[str, Any] = {"img_size": 32, "patch_size": 2, "window_size": 4, "embed_dim": 32, "depths": (2, 2, 2)}
     model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=10, num_heads=(1, 2, 4), **shape)
     trainer = fastlocal.LocalTrainer(model, modules=3, **options)
-    images, labels = torch.randint(0, 256, (16, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 10, (16,))
+    images, labels = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8), torch.randint(0, 10, (4,))
     for _ in range(2):
         trainer.step(images, labels)
     gc.collect()
