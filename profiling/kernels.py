@@ -23,6 +23,7 @@ def main(argv: list[str]) -> int:
     )
     parser.add_argument("--compile-report", action="store_true", help="compile for every architecture; needs no GPU")
     parser.add_argument("--traffic", action="store_true", help="count bytes moved against the minimum; needs no GPU")
+    parser.add_argument("--floors", action="store_true", help="compute the least time on three cards; needs no GPU")
     parser.add_argument("--only", default="", metavar="TEXT", help="only configurations with TEXT in their name")
     parser.add_argument("--architectures", nargs="+", metavar="sm_XX", help="for --compile-report: only these")
     arguments = parser.parse_args(argv)
@@ -32,7 +33,9 @@ def main(argv: list[str]) -> int:
         failed |= _compile_report(arguments)
     if arguments.traffic:
         _traffic(arguments)
-    if not (arguments.compile_report or arguments.traffic):
+    if arguments.floors:
+        _floors(arguments)
+    if not (arguments.compile_report or arguments.traffic or arguments.floors):
         failed = _time(arguments)
     return int(failed)
 
@@ -57,6 +60,16 @@ def _compile_report(arguments: Namespace) -> bool:
     for measurement in faulty:
         print(f"- {measurement.case} on {measurement.architecture}: {'; '.join(measurement.problems)}")
     return bool(faulty)
+
+
+def _floors(arguments: Namespace) -> None:
+    from fastlocal.profiling import floors
+
+    table = floors.table(floors.floors())
+    print(table)
+    folder = arguments.output / "floors"
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "README.md").write_text(f"# The least time on a card\n\n{table}\n")
 
 
 def _traffic(arguments: Namespace) -> None:

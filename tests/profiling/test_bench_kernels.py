@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastlocal.profiling import kernel_timing, results, workloads
+from fastlocal.profiling import floors, kernel_timing, results, workloads
 from fastlocal.profiling.cli import bench
 from fastlocal.profiling.kernel_timing import Bench
 from fastlocal.profiling.timer import Quantiles, differ, interleaved
@@ -90,6 +90,19 @@ def test_compulsory_bytes() -> None:
     hidden, target, parameters = 3 * 16 * 16 * 2, 3 * 64 * 8 * 2, (32 * 16 + 32) * 4
     assert loss.forward_bytes == hidden + target + parameters
     assert loss.backward_bytes == 2 * hidden + target + 2 * parameters
+
+
+def test_floors_by_hand() -> None:
+    """Swin-T stage 1 at batch 64: 4,096 windows of 3 heads, 49 tokens filled up to 64, 32 channels."""
+    rows = {(row["op"], row["shape"], row["direction"]): row for row in floors.floors()}
+    assert len(rows) == 2 * len(workloads.workloads())
+    row = rows["window_attention", "Swin-T stage 1", "forward"]
+    image, table = 64 * 56 * 56 * 96 * 2, 169 * 3 * 4
+    products = 2 * 2 * 4096 * 3 * 64 * 64 * 32
+    assert row["MiB"] == pytest.approx((4 * image + table) / 2**20)
+    assert row["GFLOP"] == pytest.approx(products / 1e9)
+    assert row["RTX 4060, µs"] == f"{(4 * image + table) / 272e9 * 1e6:,.0f} (bytes)"
+    assert floors.Work(1, 1, 1e9).microseconds(floors.CARDS[1])[1] == "exponentials"
 
 
 def test_real_shapes() -> None:
