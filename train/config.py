@@ -35,7 +35,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def shown(value: Any) -> str:
     """``repr(value)``, shortened: what a sentence quotes may come from a file and be of any size."""
     try:
-        return _SHORT.repr(value)
+        return printable(_SHORT.repr(value), 100)
     except ValueError:  # Python prints no number of more than 4300 digits
         return f"a value of type {type(value).__name__}"
 
