@@ -18,6 +18,7 @@ SUBCOMMANDS = {
         "images per second and peak memory of a step, ours and the rivals'",
     ),
     "accuracy": ("fastlocal.profiling.accuracy", "what each objective learns with the same recipe"),
+    "trace": ("fastlocal.profiling.trace", "whether the losses of 50 steps are what they were, bit for bit"),
     "report": ("fastlocal.profiling.report", "all result rows as tables and plots, card by card"),
 }
 

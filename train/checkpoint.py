@@ -176,7 +176,8 @@ def read_tree(path: Path) -> dict[str, Any]:
         ) from None
     except Exception as error:  # a damaged file fails anywhere in the reader
         raise UserError(f"{path} is truncated or is not a checkpoint ({type(error).__name__} while reading).") from None
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+    found = tree.get("format") if isinstance(tree, dict) else None
+    if not isinstance(found, int) or found != FORMAT:
         raise UserError(f"{path} is not a fastlocal checkpoint of format {FORMAT}.")
     problems = _problems_of_leaves(tree, path.stat().st_size)
     if problems:

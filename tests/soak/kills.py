@@ -14,9 +14,29 @@ from pathlib import Path
 from soak.compare import assert_same, result
 from soak.processes import Processes
 
-_TINY = ["--data", "digits", "--model", "vit_tiny_patch16_224", "--model-kwargs", "patch_size=2", "embed_dim=16"]
-_TINY += ["depth=2", "num_heads=2", "--modules", 2, "--epochs", 2, "--batch-size", 8, "--train-limit", 24]
-_TINY += ["--val-limit", 16]
+TINY: list[object] = [
+    "--data",
+    "digits",
+    "--model",
+    "vit_tiny_patch16_224",
+    "--model-kwargs",
+    "patch_size=2",
+    "embed_dim=8",
+]
+TINY += [
+    "depth=2",
+    "num_heads=2",
+    "--modules",
+    2,
+    "--epochs",
+    2,
+    "--batch-size",
+    8,
+    "--train-limit",
+    24,
+    "--val-limit",
+    16,
+]
 SETUPS: dict[str, list[object]] = {
     "feature": ["--objective", "feature", "--drop-path", 0.2],
     "moving average": ["--objective", "image", "--model-ema", "--opt", "sgd"],
@@ -38,7 +58,7 @@ class Trial:
 def trials(processes: Processes, folder: Path, setup: str, seed: int) -> Iterator[Trial]:
     """Endless trials of one of `SETUPS`, in a folder of their own."""
     shutil.rmtree(folder, ignore_errors=True)
-    flags = [*_TINY, *SETUPS[setup], "--output", folder, "--experiment"]
+    flags = [*TINY, *SETUPS[setup], "--output", folder, "--experiment"]
     begun = time.monotonic()
     assert processes.run(["train", *flags, "straight"]) == 0
     usual, expected, draw = time.monotonic() - begun, result(folder / "straight"), random.Random(seed)
@@ -62,8 +82,10 @@ def trials(processes: Processes, folder: Path, setup: str, seed: int) -> Iterato
         try:
             if not lost:
                 assert_same(result(run), expected)
-                leftovers = [path.name for path in (*run.iterdir(), *folder.iterdir()) if path.suffix in (".tmp", ".starting")]
-                assert not leftovers, f"left behind: {leftovers}"
+                left = [
+                    path.name for path in (*run.iterdir(), *folder.iterdir()) if path.suffix in (".tmp", ".starting")
+                ]
+                assert not left, f"left behind: {left}"
         except (AssertionError, OSError, KeyError) as error:
             lost = f"{type(error).__name__} {error}"
         yield Trial(kills, lost)

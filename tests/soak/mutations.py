@@ -1,8 +1,8 @@
 """Mutated files, one after the other in one process: each must be read, or refused in one sentence.
 
 A target is a whole file and what reads it. Whatever else comes out of the reader than a value or a `UserError` of one short
-line is a traceback; more than `SLOWEST` seconds of computing a hang; more than `LARGEST` bytes of memory beyond what the process had a
-blow-up.
+line is a traceback; more than `SLOWEST` seconds of computing a hang; more than `LARGEST` bytes of memory beyond what the
+process had a blow-up.
 """
 
 from __future__ import annotations
@@ -14,10 +14,12 @@ import resource
 import shutil
 import signal
 import struct
+import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -51,12 +53,14 @@ class Target:
         name: what it is.
         path: where ``read`` looks for it.
         mutate: writes a mutant to ``path``.
+        share: of the mutants, relative to other targets': less for what takes longer.
     """
 
     name: str
     path: Path
     mutate: Callable[[random.Random], None]
     read: Callable[[], object]
+    share: float = 1.0
 
 
 @dataclass
@@ -105,14 +109,21 @@ def _try(target: Target) -> tuple[str, str]:
             target.read()
         return "read", ""
     except UserError as error:
-        return ("refused", "") if len(str(error)) < 3000 and "\n" not in str(error) else ("traceback", f"sentence of {len(str(error))} characters: {str(error)[:100]}")
+        return (
+            ("refused", "")
+            if len(str(error)) < 3000 and "\n" not in str(error)
+            else ("traceback", f"sentence of {len(str(error))} characters: {str(error)[:100]}")
+        )
     except _TooSlowError:
         return "hang", ""
     except MemoryError:
         return "blow-up", ""
     except Exception as error:
-        kind = "blow-up" if "memory" in str(error) else "traceback"
-        return kind, f"{type(error).__name__} {str(error)[:200]}"
+        kind, place = (
+            "blow-up" if "memory" in str(error) else "traceback",
+            traceback.extract_tb(error.__traceback__)[-1],
+        )
+        return kind, f"{type(error).__name__} at {place.filename}:{place.lineno}: {str(error)[:200]}"
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
 
@@ -146,7 +157,21 @@ def mutate_bytes(content: bytes, draw: random.Random) -> bytes:
 
 _JUNK: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 7, 2**31, 2**63 - 1, -(2**63), 2**64, 10**400, 0.0, -0.5, 1e9, 1e308, 1e-320),
-    *(float("nan"), float("inf"), "", "x", "\x1b[31m", "é\ud800", "../x", "a" * 10_000, "nan", "1e999", "0x10", "1_0", "-"),
+    *(
+        float("nan"),
+        float("inf"),
+        "",
+        "x",
+        "\x1b[31m",
+        "é\ud800",
+        "../x",
+        "a" * 10_000,
+        "nan",
+        "1e999",
+        "0x10",
+        "1_0",
+        "-",
+    ),
     *([], [0], [[]], {}, {"x": 1}, {1: 2}, (), (1, 2), "http://localhost/x", "file:///etc/passwd"),
 )
 
@@ -172,14 +197,18 @@ def mutate_tree(tree: Any, draw: random.Random, tensors: bool = True) -> Any:
 
     def copy(node: Any) -> Any:
         if isinstance(node, dict):
-            changed = {k: junk if (node is container and k == key and action == 0) else copy(v) for k, v in node.items()}
+            changed = {
+                k: junk if (node is container and k == key and action == 0) else copy(v) for k, v in node.items()
+            }
             if node is container and action == 1:
                 changed.pop(key)
             if node is container and action >= 2:
                 changed[draw.choice((f"{key}x", 5, None, "epoch", ""))] = changed.pop(key) if action == 2 else junk
             return changed
         if isinstance(node, list | tuple):
-            changed_list = [junk if (node is container and i == key and action == 0) else copy(v) for i, v in enumerate(node)]
+            changed_list = [
+                junk if (node is container and i == key and action == 0) else copy(v) for i, v in enumerate(node)
+            ]
             if node is container and action == 1:
                 changed_list.pop(key)
             if node is container and action >= 2:
@@ -240,7 +269,7 @@ def _checkpoints(folder: Path, run: Path, home: Any) -> Iterator[Target]:
     def mutate_nodes(draw: random.Random) -> None:
         torch.save(mutate_tree(tree, draw), path)
 
-    yield Target("checkpoint, nodes", path, mutate_nodes, read)
+    yield Target("checkpoint, nodes", path, mutate_nodes, read, share=0.3)
 
 
 def _safetensors(folder: Path, run: Path) -> Target:
@@ -259,8 +288,8 @@ def _safetensors(folder: Path, run: Path) -> Target:
     return Target("safetensors", path, mutate, lambda: build_model(config, 10, 8, start=True))
 
 
-_BOMBS = (
-    "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{c}: &{c} [{','.join([f'*{b}'] * 9)}]\n" for b, c in zip("abcdefgh", "bcdefghi")),
+BOMBS = (
+    "a: &a [x, x, x, x, x, x, x, x]\n" + "".join(f"{c}: &{c} [{f'*{b},' * 9}]\n" for b, c in pairwise("abcdefghi")),
     "lr: " + "[" * 500 + "]" * 500,
     "epochs: " + "9" * 5000,
     "epochs: " + "1:" * 20000 + "1",
@@ -271,7 +300,7 @@ _BOMBS = (
     "lr: !!python/object/apply:os.system ['true']",
     "lr: !!timestamp 2001-99-99",
     "lr: !!binary '%%%'",
-    "<<: {lr: 1}",
+    "<<: 1",
     "x" * 600_000 + ": 1",
     "lr: 1\nlr: 2\n",
 )
@@ -282,7 +311,7 @@ def _configurations(folder: Path) -> Iterator[Target]:
     whole, tree = to_yaml(config).encode(), config.to_dict()
 
     def mutate(draw: random.Random) -> None:
-        content = draw.choice(_BOMBS).encode() if draw.random() < 0.05 else whole
+        content = draw.choice(BOMBS).encode() if draw.random() < 0.05 else whole
         path.write_bytes(mutate_bytes(content, draw) if draw.random() < 0.9 else content)
 
     yield Target("YAML", path, mutate, lambda: TrainConfig.of(**read_file(path)))

@@ -1,21 +1,35 @@
 """Many short-lived ``fastlocal`` processes: forked from one that has imported everything, so that each starts in no time.
 
 Run as a program, this file is that process. Each line of its stdin asks for a child or for a child's exit; children get
-their standard streams opened as the request says, and end as Python programs do, flushing included.
+their standard streams opened as the request says.
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import io
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-DEADLINE = 120.0  # seconds for a child
+TINY: dict[str, Any] = {
+    "data": "digits",
+    "model": "vit_tiny_patch16_224",
+    "model_kwargs": {"patch_size": 2, "embed_dim": 8, "depth": 2, "num_heads": 2},
+    "modules": 2,
+    "epochs": 2,
+    "batch_size": 8,
+    "train_limit": 24,
+    "val_limit": 16,
+}
 
 
 class Processes:
@@ -31,7 +45,7 @@ class Processes:
     def __exit__(self, *_: object) -> None:
         assert self._parent.stdin is not None
         self._parent.stdin.close()
-        self._parent.wait(DEADLINE)
+        self._parent.wait()
 
     def start(
         self,
@@ -41,15 +55,18 @@ class Processes:
         stderr: Path | str | None = os.devnull,
         encoding: str = "utf-8",
         code: str = "",
+        deadline: int = 120,
     ) -> int:
         """The process id of a new ``fastlocal``, the leader of a process group; ``None`` closes a stream.
 
         Args:
             code: Python that it runs first.
+            deadline: seconds after which it is killed.
         """
         streams = [None if stream is None else str(stream) for stream in (stdout, stderr)]
         command = [str(argument) for argument in arguments]
-        return self._ask({"arguments": command, "streams": streams, "encoding": encoding, "code": code})
+        options = {"encoding": encoding, "code": code, "deadline": deadline}
+        return self._ask({"arguments": command, "streams": streams, **options})
 
     def wait(self, process: int) -> int:
         """The exit code of a process, minus the signal's number if one ended it."""
@@ -68,9 +85,15 @@ class Processes:
 def _serve() -> None:
     import torch
 
-    from fastlocal.train import loop  # noqa: F401
+    from fastlocal.train import loop
+    from fastlocal.train.config import TrainConfig
 
     torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
+        # What a run imports as it goes, it has imported then.
+        loop.run(TrainConfig.of(**{**TINY, "output": folder}))
+    gc.collect()
+    gc.freeze()
     for line in sys.stdin:
         request = json.loads(line)
         if "wait" in request:
@@ -79,7 +102,6 @@ def _serve() -> None:
         child = os.fork()
         if child == 0:
             _become(request)
-            return
         print(child, flush=True)
 
 
@@ -87,7 +109,7 @@ def _become(request: dict[str, Any]) -> None:
     from fastlocal.train.cli import main
 
     os.setpgid(0, 0)
-    signal.alarm(int(DEADLINE))
+    signal.alarm(request["deadline"])
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor, path in enumerate(request["streams"], start=1):
         os.close(descriptor)
@@ -98,11 +120,21 @@ def _become(request: dict[str, Any]) -> None:
                 os.close(opened)
     names = ("stdout", "stderr")
     for descriptor, (name, path) in enumerate(zip(names, request["streams"], strict=True), start=1):
-        stream = None if path is None else open(descriptor, "w", encoding=request["encoding"], closefd=False)
+        stream = None if path is None else open(descriptor, "w", encoding=request["encoding"], closefd=False)  # noqa: SIM115
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
-    exec(request["code"], {})
-    sys.exit(main(request["arguments"]))
+    code = 1
+    try:
+        exec(request["code"], {})
+        code = main(request["arguments"])
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        code = 120  # as of Python, when it cannot write what is left
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
 
 
 if __name__ == "__main__":
