@@ -55,7 +55,7 @@ class Processes:
         stderr: Path | str | None = os.devnull,
         encoding: str = "utf-8",
         code: str = "",
-        deadline: int = 120,
+        deadline: int = 600,
     ) -> int:
         """The process id of a new ``fastlocal``, the leader of a process group; ``None`` closes a stream.
 
