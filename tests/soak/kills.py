@@ -15,27 +15,8 @@ from soak.compare import assert_same, result
 from soak.processes import Processes
 
 TINY: list[object] = [
-    "--data",
-    "digits",
-    "--model",
-    "vit_tiny_patch16_224",
-    "--model-kwargs",
-    "patch_size=2",
-    "embed_dim=8",
-]
-TINY += [
-    "depth=2",
-    "num_heads=2",
-    "--modules",
-    2,
-    "--epochs",
-    2,
-    "--batch-size",
-    8,
-    "--train-limit",
-    24,
-    "--val-limit",
-    16,
+    *("--data", "digits", "--train-limit", 24, "--val-limit", 16, "--epochs", 2, "--batch-size", 8, "--modules", 2),
+    *("--model", "vit_tiny_patch16_224", "--model-kwargs", "patch_size=2", "embed_dim=8", "depth=2", "num_heads=2"),
 ]
 SETUPS: dict[str, list[object]] = {
     "feature": ["--objective", "feature", "--drop-path", 0.2],

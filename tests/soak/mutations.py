@@ -285,7 +285,7 @@ def _safetensors(folder: Path, run: Path) -> Target:
             text = json.dumps(mutate_tree(header, draw, tensors=False)).encode("utf-8", "replace")
             path.write_bytes(struct.pack("<Q", len(text)) + text + content)
 
-    return Target("safetensors", path, mutate, lambda: build_model(config, 10, 8, start=True))
+    return Target("safetensors", path, mutate, lambda: build_model(config, 10, (8, 8), start=True))
 
 
 BOMBS = (
@@ -320,7 +320,7 @@ def _configurations(folder: Path) -> Iterator[Target]:
 
     def mutate_options(draw: random.Random) -> None:
         mutant.clear()
-        mutant.update({str(name): value for name, value in mutate_tree(tree, draw).items()})
+        mutant.update({str(name): value for name, value in mutate_tree(tree, draw, tensors=False).items()})
 
     yield Target("options", path, mutate_options, lambda: TrainConfig.of(**mutant))
 
@@ -329,10 +329,10 @@ ENCODINGS = ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO")
 
 
 def _images(folder: Path) -> Iterator[Target]:
-    from fastlocal.train.data import _read_image
+    from fastlocal.train.data.picture import read_picture
 
     pixels = np.random.default_rng(0).integers(0, 256, (40, 32, 3), dtype=np.uint8)
     for encoding in ENCODINGS:
         path = folder / f"mutant.{encoding.lower()}"
         Image.fromarray(pixels).save(path, encoding)
-        yield _of_bytes(f"image, {encoding}", path, lambda path=path: _read_image(str(path)))
+        yield _of_bytes(f"image, {encoding}", path, lambda path=path: read_picture(path))

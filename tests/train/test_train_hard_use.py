@@ -166,7 +166,7 @@ def pictures(tmp_path: Path) -> Path:
 
 
 def _with_workers(pictures: Path) -> list[object]:
-    flags = [*_flags(pictures.parent), "--data", f"folder:{pictures}", "--model-kwargs", "img_size=8", *TINY[5:9]]
+    flags = [*_flags(pictures.parent), "--data", f"folder:{pictures}", "--img-size", 8]
     return [*flags, "--workers", 2, "--batch-size", 4, "--epochs", 1000, "--recovery-interval", 1]
 
 
