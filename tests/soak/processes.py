@@ -118,19 +118,20 @@ def _become(request: dict[str, Any]) -> None:
             if opened != descriptor:
                 os.dup2(opened, descriptor)
                 os.close(opened)
+    exec(request["code"], {})
     names = ("stdout", "stderr")
     for descriptor, (name, path) in enumerate(zip(names, request["streams"], strict=True), start=1):
-        stream = None if path is None else open(descriptor, "w", encoding=request["encoding"], closefd=False)  # noqa: SIM115
+        stream = None if path is None else open(descriptor, "w", 1, encoding=request["encoding"], closefd=False)  # noqa: SIM115
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     code = 1
     try:
-        exec(request["code"], {})
         code = main(request["arguments"])
         if sys.stdout is not None:
             sys.stdout.flush()
     except OSError:
         code = 120  # as of Python, when it cannot write what is left
+        traceback.print_exc()
     except BaseException:
         traceback.print_exc()
     finally:
