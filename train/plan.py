@@ -88,6 +88,8 @@ _PASSED_ON = (
     *(
         "model",
         "model_kwargs",
+        "img_size",
+        "in_chans",
         "decoder",
         "first_target",
         "reconstruction",

@@ -141,7 +141,7 @@ def test_the_reserve_is_not_for_tensors(small: nn.Module) -> None:
 
 
 def test_host_memory_is_a_budget_too(small: nn.Module) -> None:
-    tight = {"batch_size": 8, "memory": MIB, "reserve": 0}
+    tight = {"batch_size": 8, "memory": 3 * MIB // 2, "reserve": 0}
     assert fastlocal.plan(small, **tight).host > 0
     with pytest.raises(DoesNotFit):
         fastlocal.plan(small, **tight, host_memory="1KiB")

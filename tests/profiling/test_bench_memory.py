@@ -13,7 +13,7 @@ from torch import nn
 
 from fastlocal.profiling import memory
 from fastlocal.profiling.cli import bench
-from fastlocal.profiling.memory import MIB, Setup, count_flops, measure, meter_step, step
+from fastlocal.profiling.memory import MIB, Setup, count_flops, measure, meter_step, step, table
 from fastlocal.profiling.memory.setups import METHODS
 
 
@@ -104,7 +104,18 @@ def test_the_known_rivals_of_swin_tiny() -> None:
     assert not known
 
 
-def test_the_command_writes_rows_a_table_and_both_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_rows_a_table_and_its_plots(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [Setup("rival", None, recompute, tuned=False) for recompute in (False, True)]
+    monkeypatch.setattr(table, "rivals", lambda batch, part, methods: few)
+    monkeypatch.setattr(
+        table,
+        "ours",
+        lambda counts, *_: [
+            Setup(f, 2, True, counts[-1], o) for f, o in (("local", "feature"), ("exact", "end-to-end"))
+        ],
+    )
     options = ["--model", "test_vit", "--batch-size", "4", "--micro-batch", "2", "--modules", "2", "99"]
     options += ["--objectives", "feature", "--decoders", "linear", "--methods", "torchao", "--output", str(tmp_path)]
     assert bench(["memory", *options]) == 0
