@@ -57,15 +57,14 @@ class Job:
     @property
     def key(self) -> dict[str, Any]:
         """What tells its row from others: everything that the result hangs on."""
-        from fastlocal.train.loop import RESUMABLE
+        return {"task": self.task, "variant": self.variant, "options": lasting(self.config.to_dict())}
 
-        options = self.config.to_dict()
-        passing = {"output", "experiment", "data", *RESUMABLE}
-        return {
-            "task": self.task,
-            "variant": self.variant,
-            "options": {name: value for name, value in options.items() if name not in passing},
-        }
+
+def lasting(options: Options) -> dict[str, Any]:
+    """Those of ``options`` that the result hangs on. The data are told by the task: a path is another on every machine."""
+    from fastlocal.train.loop import RESUMABLE
+
+    return {name: value for name, value in options.items() if name not in {"output", "experiment", "data", *RESUMABLE}}
 
 
 def names() -> list[str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlocal.profiling import results
-from fastlocal.profiling.accuracy.recipe import Job
+from fastlocal.profiling.accuracy.recipe import Job, lasting
 from fastlocal.profiling.cli import UserError
 from fastlocal.train.config import TrainConfig, read_file
 
@@ -42,7 +42,7 @@ def find(job: Job, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     key = json.loads(json.dumps(job.key))  # as it reads back from the file
     defaults = json.loads(json.dumps(replace(job, config=TrainConfig()).key))["options"]
     for row in reversed(rows):
-        if {"task": row["task"], "variant": row["variant"], "options": {**defaults, **row["options"]}} == key:
+        if {"task": row["task"], "variant": row["variant"], "options": {**defaults, **lasting(row["options"])}} == key:
             return row
     return None
 

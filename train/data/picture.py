@@ -42,8 +42,6 @@ UNREADABLE = (
 )
 UNREADABLE += (MemoryError, Image.DecompressionBombError, ArithmeticError, RuntimeError, AssertionError)
 
-LARGEST_FOR_FREE, DENSEST = 2**20, 2000  # pixels of any file, and per byte; a PNG of one colour has 350
-
 Source = str | Path | bytes
 
 
@@ -110,12 +108,7 @@ def read_picture(source: Source, channels: int = 3, name: str | None = None) -> 
 
 def _open(source: Source) -> Image.Image:
     file: str | Path | IO[bytes] = io.BytesIO(source) if isinstance(source, bytes) else source
-    image = Image.open(file)
-    length = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
-    if image.width * image.height > LARGEST_FOR_FREE + DENSEST * length:  # before there is memory for its pixels
-        image.close()
-        raise ValueError(f"it is to have {image.width} × {image.height} pixels, in {length} bytes")
-    return image
+    return Image.open(file)
 
 
 def _refusal(source: Source, name: str | None, error: BaseException) -> UserError:
