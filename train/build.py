@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
-from timm.models import load_checkpoint
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
@@ -65,11 +63,19 @@ def build_device(config: TrainConfig) -> torch.device:
     return device
 
 
-def build_model(config: TrainConfig, classes: int, image_size: tuple[int, int], *, start: bool = False) -> nn.Module:
+def build_model(
+    config: TrainConfig,
+    classes: int,
+    image_size: tuple[int, int],
+    *,
+    start: bool = False,
+    weights: Mapping[str, Any] | None = None,
+) -> nn.Module:
     """The timm model for images of ``image_size``, height and width in pixels.
 
     Args:
-        start: with the weights that the run starts from, ``--pretrained`` or ``--initial-checkpoint``; else untrained.
+        start: with the weights that ``--pretrained`` names, if it is given; else untrained.
+        weights: arguments of `start.fitted`, which load others.
 
     Raises:
         UserError: the architecture is not supported, refuses an argument, does not fit the image size, or there are no
@@ -78,14 +84,16 @@ def build_model(config: TrainConfig, classes: int, image_size: tuple[int, int], 
     arguments = {"drop_path_rate": config.drop_path, **config.model_kwargs, **input_arguments(config, image_size)}
     if start and config.pretrained:
         arguments["pretrained"] = True
+    arguments |= weights or {}
     try:
         model = timm.create_model(config.model, num_classes=classes, **arguments)
     except Exception as error:  # timm checks its arguments with whatever the layers raise
         backbone(timm.create_model(config.model))  # an unsupported architecture is the better explanation
-        given = " ".join(f"{name}={value}" for name, value in arguments.items())
+        given = " ".join(f"{name}={value}" for name, value in arguments.items() if name != "pretrained_cfg_overlay")
         raise UserError(
             f"--model {config.model} cannot be built with {given}: {' '.join(str(error).split()).rstrip('.')}."
         ) from None
+    cast(Any, model).pretrained_cfg.pop("state_dict", None)  # weights that were loaded would be kept twice
     backbone(model)  # refuses an unsupported architecture
     patch = cast(Any, model).patch_embed.patch_size
     if any(side % step for side, step in zip(image_size, patch, strict=True)):
@@ -95,16 +103,6 @@ def build_model(config: TrainConfig, classes: int, image_size: tuple[int, int], 
         )
     if not config.model_kwargs.keys() & GEOMETRY and config.img_size is None:
         _check_geometry(config.model, model, image_size)
-    if start and config.initial_checkpoint is not None:
-        if not Path(config.initial_checkpoint).is_file():
-            raise UserError(f"--initial-checkpoint {config.initial_checkpoint} is no file.")
-        try:
-            load_checkpoint(model, config.initial_checkpoint, weights_only=True)  # old ones run pickles
-        except Exception as error:  # each reader has its own for a file that is no checkpoint, or is another model's
-            reason = " ".join(str(error).split())[:200].rstrip(".")
-            raise UserError(
-                f"--initial-checkpoint {config.initial_checkpoint} cannot be loaded into {config.model}: {reason}."
-            ) from None
     return model
 
 

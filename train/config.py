@@ -331,7 +331,9 @@ class TrainConfig:
         metadata=_about("arguments of timm.create_model, such as img_size=32 depths=2,2,2,2", _keywords),
     )
     pretrained: bool = _option(False, "start from timm's pretrained weights, with their normalization", _switch)
-    initial_checkpoint: str | None = _option(None, "start from the weights in this file (.safetensors, .pt, .pth)")
+    initial_checkpoint: str | None = _option(
+        None, "start from these weights: a file, a run, local-dir:FOLDER, hf-hub:NAME"
+    )
     drop_path: float = _option(0.0, "stochastic depth rate of the last block", _number, at_least=0, below=1)
 
     # Local learning

@@ -46,15 +46,24 @@ from fastlocal.train.export import local_dir_configuration
 from fastlocal.train.report import Report, peak_memory
 from fastlocal.train.run_folder import RunFolder, SaveError, default_name
 from fastlocal.train.signals import StopRequest
+from fastlocal.train.start import fitted, read_start
 
 CHECK_EVERY = 50  # steps between looks at the losses, which make the host wait for the device
 SEARCH = 50  # steps that float16's loss scaling may skip while it looks for its scale
 
-# What may change when a run goes on: where data and arithmetic live and what is said, nothing that the result hangs on
-# (beyond rounding, for the second line).
-RESUMABLE = {"data_dir", "download", "workers", "log_interval", "recovery_interval", "save_retry", "log"} | {
-    *("device", "kernels", "micro_batch", "recompute", "residency", "boundaries", "weights", "prefetch")
-}
+# What may change when a run goes on: how long it goes (the schedule is stretched to its new end), where data and arithmetic
+# live and what is said, nothing else that the result hangs on (beyond rounding, for where the arithmetic lives).
+RESUMABLE = {
+    "epochs",
+    "data",
+    "data_dir",
+    "download",
+    "workers",
+    "log_interval",
+    "recovery_interval",
+    "save_retry",
+    "log",
+} | {*("device", "kernels", "micro_batch", "recompute", "residency", "boundaries", "weights", "prefetch")}
 
 
 @dataclass(frozen=True)
@@ -153,7 +162,9 @@ class _Run:
         self, config: TrainConfig, folder: RunFolder | None = None, saved: dict[str, Any] | None = None
     ) -> None:
         self.config, self.device, self.progress = config, build_device(config), Progress()
-        self.data = read(config, pretrained_configuration(config.model), saved)
+        start = read_start(config.initial_checkpoint) if config.initial_checkpoint and saved is None else None
+        known = {**pretrained_configuration(config.model), **(start.preprocessing if start else {})}
+        self.data = read(config, known, saved)
         self.training, self.validation, self.classes = self.data.training, self.data.validation, self.data.classes
         self.preprocessing = self.data.preprocessing
         self.steps = max(len(self.training) // config.batch_size, 1)
@@ -161,7 +172,13 @@ class _Run:
         random.seed(config.seed)
         np.random.seed(config.seed % 2**32)
         torch.manual_seed(config.seed)
-        self.model = build_model(config, len(self.classes), self.preprocessing.image_size, start=saved is None)
+        about = (config, len(self.classes), self.preprocessing.image_size)
+        self.model = build_model(*about, start=saved is None)
+        self.started: str | None = None
+        self.stretched: int | None = None  # epochs that were planned before
+        if start is not None:
+            weights, self.started = fitted(start, self.model, self.classes)
+            self.model = build_model(*about, weights=weights)
         if config.memory is not None and saved is None:
             self.config = config = follow_plan(config, self.model, self.device)
         self.trainer = build_trainer(config, self.model, self.device, self.preprocessing.normalize)
@@ -175,6 +192,8 @@ class _Run:
             self.folder = self._new_folder()
         else:
             self.folder = folder
+            before = saved["config"]["epochs"]
+            self.stretched = before if before != config.epochs else None
             self._restore(saved)
 
     def _new_folder(self) -> RunFolder:
@@ -430,8 +449,12 @@ class _Run:
         if config.data == "synthetic":
             yield "         random images: only the throughput and the memory mean anything"
         yield f"model    {config.model}, {parameters / 1e6:.2f} M parameters"
+        if self.started is not None:
+            yield f"start    {self.started}"
         decoder = f" with decoder {config.decoder}" if config.objective in ("feature", "image") else ""
         yield f"learning {config.objective}{decoder}, {len(self.trainer.modules)} modules"
+        if self.stretched is not None:
+            yield f"schedule {config.sched}, now to the end of epoch {config.epochs}, before {self.stretched}"
         yield f"device   {self.device}"
         yield f"run      {self.folder.path}"
 

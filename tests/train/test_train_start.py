@@ -69,9 +69,7 @@ def test_what_cannot_be_started_from_is_told(
     torch.save({"state_dict": {"x": runs_code(tmp_path / "ran")}}, tmp_path / "code.pth")
     for name, reason in (
         ("missing.pth", "is no file"),
-        ("weights.safetensors", "cannot be loaded into vit_tiny_patch16_224: "),
-        ("weights.safetensors", "size mismatch for head.weight"),
-        ("code.pth", "cannot be loaded into vit_tiny_patch16_224: "),
+        ("code.pth", "cannot be loaded: Weights only load failed"),
     ):
         code, _, err = cli("train", *flags(initial_checkpoint=str(tmp_path / name)))
         assert (code, err.count("\n")) == (2, 1)

@@ -29,18 +29,8 @@ from fastlocal.train.config import UserError, printable
 GROUND = (255, 255, 255)  # what lies behind transparent pixels: white, as on paper and most web pages
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 # What Pillow and its codecs raise for damaged, hostile or unsupported files.
-UNREADABLE = (
-    OSError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    TypeError,
-    IndexError,
-    KeyError,
-    AttributeError,
-    OverflowError,
-)
-UNREADABLE += (MemoryError, Image.DecompressionBombError, ArithmeticError, RuntimeError, AssertionError)
+UNREADABLE: tuple[type[BaseException], ...] = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError)
+UNREADABLE += (AttributeError, MemoryError, ArithmeticError, RuntimeError, AssertionError, Image.DecompressionBombError)
 
 Source = str | Path | bytes
 
