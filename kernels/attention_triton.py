@@ -35,10 +35,10 @@ def _tile(
     UNIT: tl.constexpr, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Pointers to rows start .. start + ROWS of a [length, HEAD_DIM] matrix, and which of them exist."""
-    stride = tl.cast(stride, tl.int64) * UNIT  # a few rows of a sequence-first layout are past 2^31 elements
+    stride *= UNIT
     rows = tl.arange(0, ROWS)
     columns = tl.arange(0, COLUMNS)
-    pointers = pointer + start * stride + rows[:, None] * stride + columns[None, :]
+    pointers = pointer + tl.cast(start, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
     mask = (start + rows < length)[:, None]
     if COLUMNS != HEAD_DIM:
         mask = mask & (columns < HEAD_DIM)[None, :]
@@ -60,10 +60,9 @@ def _load(
 @triton.jit
 def _bias_tile(pointer, row, column, stride, queries, keys, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Pointers to a [ROWS, COLUMNS] tile of one head's [queries, keys] bias, and which of them exist."""
-    stride = tl.cast(stride, tl.int64)
     rows = tl.arange(0, ROWS)
     columns = column + tl.arange(0, COLUMNS)
-    pointers = pointer + row * stride + rows[:, None] * stride + columns[None, :]
+    pointers = pointer + tl.cast(row, tl.int64) * stride + rows[:, None] * stride + columns[None, :]
     return pointers, (row + rows < queries)[:, None] & (columns < keys)[None, :]
 
 
@@ -183,7 +182,11 @@ def _head_gradient_kernel(
         score_scale *= LOG2E
     d_bias_ptr += tl.cast(tl.program_id(0), tl.int64) * queries * keys
 
-    for index in range(tl.program_id(0), all_heads, tl.num_programs(0)):
+    step = tl.num_programs(0)
+    if not BIAS_GRADIENT:  # one head a program: the compiler drops the loop, and the registers it takes
+        step = 1
+        all_heads = tl.program_id(0) + 1
+    for index in range(tl.program_id(0), all_heads, step):
         sample_d_out = _head(d_out_ptr, index, heads, d_out_batch, d_out_head, UNIT, 1)
         d_out = _load(sample_d_out, 0, d_out_row, queries, UPCAST, UNIT, BLOCK_Q, HEAD_DIM, BLOCK_D)
         sample_out = _head(out_ptr, index, heads, out_batch, HEAD_DIM, 1, 1)
@@ -422,7 +425,9 @@ def _head_blocks(queries: int, head_dim: int, dtype: torch.dtype, has_bias: bool
     block = max(32, triton.next_power_of_2(queries))
     if head_dim > 64 or block > (64 if dtype == torch.float32 else 128 if has_bias else 256):
         return None
-    return Blocks(block, 16 if block == 256 else 32, 8 if block > (64 if has_bias else 128) else 4, 1)
+    if has_bias:
+        return Blocks(block, 16 if block == 128 else 32, 8, 1)
+    return Blocks(block, 16 if block == 256 and head_dim > 32 else 32, 8 if block > 64 else 4, 1)
 
 
 def _blocks(kernel: str, head_dim: int, dtype: torch.dtype, has_bias: bool) -> Blocks:
@@ -458,6 +463,12 @@ def _unit_last_stride(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def _near_rows(*tensors: Tensor) -> list[Tensor]:
+    """Copies those whose rows are so far apart that a tile of them spans 2^31 elements: 64-bit offsets of every row
+    would cost the kernels registers that they do not have."""
+    return [tensor.contiguous() if tensor.stride(2) * 256 >= 2**31 else tensor for tensor in tensors]
+
+
 def _bias_and_strides(bias: Tensor | None, q: Tensor) -> tuple[Tensor, list[int]]:
     """What a kernel reads of a bias [1 or B, 1 or heads, N, M], stride 0 where it is shared; q stands for none."""
     if bias is None:
@@ -476,6 +487,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, 
     batch, heads, queries, head_dim = q.shape
     has_bias = bias is not None
     bias, bias_strides = _bias_and_strides(bias, q)
+    q, k, v = _near_rows(q, k, v)
     unit, strides = _strides(q, k, v)
     statistics = torch.empty((2, batch, heads, queries), dtype=torch.float32, device=q.device)
     blocks = _blocks(FORWARD, head_dim, q.dtype, has_bias)
@@ -513,7 +525,7 @@ def _backward_of_every_head(
     has_bias = bias is not None
     needs_bias = d_bias.numel() > 0
     bias, bias_strides = _bias_and_strides(bias, q)
-    d_out = _unit_last_stride(d_out)
+    d_out, q, k, v = _near_rows(_unit_last_stride(d_out), q, k, v)
     unit, strides = _strides(d_out, q, k, v)
     sizes = (heads, queries, keys, *strides, *bias_strides)
     shared_by = heads // k.shape[1]
