@@ -2,12 +2,26 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test
+.PHONY: demo test soak test-oldest
 demo: $(VENV)/.installed
 	$(VENV)/bin/fastlocal train --data digits
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest -n auto
+
+# Hours of kills, mutated files, full disks and steps; goes on where it stopped, prints one table. SHARE=0.01 does a hundredth.
+SHARE ?= 1
+soak: $(VENV)/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python -m soak --share $(SHARE)
+
+# The oldest of everything that pyproject.toml allows, really installed, setuptools included. Needs python3.10; uv resolves.
+OLDEST ?= .venv-oldest
+test-oldest:
+	$(PYTHON) -m venv $(OLDEST)-uv && $(OLDEST)-uv/bin/python -m pip install -q uv
+	$(OLDEST)-uv/bin/uv venv -q --clear --python 3.10 $(OLDEST)
+	VIRTUAL_ENV=$(OLDEST) $(OLDEST)-uv/bin/uv pip install -q setuptools==64.0.0 wheel
+	VIRTUAL_ENV=$(OLDEST) $(OLDEST)-uv/bin/uv pip install -q --no-build-isolation --resolution lowest-direct -e '.[test]'
+	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto
 
 # Editable, because an installed copy would hide behind ./fastlocal when used from inside the checkout.
 # Debian ships python3 without the part of venv that brings pip; only root can add it.

@@ -85,6 +85,11 @@ def on_host(tensor: Tensor) -> Tensor:
     return _mark(tensor, _on_host, HOST)
 
 
+def is_on_host(tensor: Tensor) -> bool:
+    """Whether `on_host` has marked the storage of ``tensor``."""
+    return any(storage in _on_host for storage in _storages(tensor))
+
+
 def _mark(tensor: Tensor, marks: WeakIdKeyDictionary, mark: str) -> Tensor:
     for storage in _storages(tensor):
         marks[storage] = mark
@@ -115,14 +120,16 @@ def dry_run() -> Iterator[None]:
                 loss_of(model, images).backward()
     """
     # Module.to() would swap fake parameters, which fails where a weak reference to them exists, and the fake mode
-    # itself holds some; so it assigns their data, as it does for real ones.
-    swap_tensors = torch.utils.swap_tensors
+    # itself holds some; so it assigns their data, as it does for real ones. And deepcopy would copy the data.
+    swap_tensors, deepcopy = torch.utils.swap_tensors, Tensor.__deepcopy__
     torch.utils.swap_tensors = _assign_data
+    Tensor.__deepcopy__ = _copy_without_data  # type: ignore[method-assign]
     try:
         with _DryRun():
             yield
     finally:
         torch.utils.swap_tensors = swap_tensors
+        Tensor.__deepcopy__ = deepcopy  # type: ignore[method-assign]
 
 
 def fake_copy(model: nn.Module) -> nn.Module:
@@ -142,6 +149,12 @@ def fake_copy(model: nn.Module) -> nn.Module:
 def _without_data(tensor: Tensor) -> Tensor:
     fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
     return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+def _copy_without_data(tensor: Tensor, copied: dict[int, Any]) -> Tensor:
+    if id(tensor) not in copied:
+        copied[id(tensor)] = _without_data(tensor)
+    return copied[id(tensor)]
 
 
 def _assign_data(to: Tensor, value: Tensor) -> None:
@@ -211,6 +224,11 @@ class Meter(TorchDispatchMode):
     def peak(self) -> int:
         """The largest number of bytes alive at one time on `device`."""
         return self.peak_by_device.get(str(self.device), 0)
+
+    @property
+    def events(self) -> int:
+        """How many allocations and releases there were so far: the numbers of `timeline`."""
+        return len(self._events) - self._start
 
     @property
     def peak_by_kind(self) -> dict[Kind, int]:

@@ -182,8 +182,8 @@ def run(arguments: Any, folder: Path) -> int:
     # The largest cap first: what does not train there need not be tried below.
     points = []
     for model in arguments.model:
-        skeleton = memory._model(model, arguments.image_size)
-        for setup in setups(max(memory._possible(skeleton, range(1, 65))), best, 2 if "swin" in model else 1):
+        skeleton = memory.skeleton(model, arguments.image_size)
+        for setup in setups(max(memory.possible(skeleton, range(1, 65))), best, 2 if "swin" in model else 1):
             if asked_for(name(setup), arguments.only):
                 points += [(model, skeleton, setup, cap) for cap in caps]
     if not points:

@@ -12,12 +12,16 @@ from fastlocal.train.config import UserError
 # Subcommand -> (module with ``main(argv) -> exit code``, what ``--help`` says about it).
 SUBCOMMANDS = {
     "kernels": ("fastlocal.profiling.kernels", "compile report, traffic report, and timings on a CUDA card"),
-    "memory": ("fastlocal.profiling.memory", "peak memory and compute of a step, ours and the rivals'; needs no GPU"),
+    "memory": (
+        "fastlocal.profiling.memory.table",
+        "memory, bus and compute of a step, ours and the rivals'; needs no GPU",
+    ),
     "throughput": (
         "fastlocal.profiling.throughput",
         "images per second and peak memory of a step, ours and the rivals'",
     ),
     "accuracy": ("fastlocal.profiling.accuracy", "what each objective learns with the same recipe"),
+    "trace": ("fastlocal.profiling.trace", "whether the losses of 50 steps are what they were, bit for bit"),
     "report": ("fastlocal.profiling.report", "all result rows as tables and plots, card by card"),
 }
 

@@ -134,13 +134,9 @@ def meter(output: Path, budget: float | None) -> int:
 
     def compare(setup: Setup | None) -> dict[str, Any]:
         if setup is None:
-            plan = planner.plan(skeleton, batch_size=batch, memory=PLANNED)
-            way: dict[str, Any] = {
-                "modules": plan.modules,
-                "micro_batch": plan.micro_batch,
-                "residency": plan.residency,
-            }
-            setup = replace(local, **way, recompute=plan.recompute == "block")
+            plan = planner.plan(skeleton, batch_size=batch, memory=PLANNED, objective="feature", reserve=0)
+            way = {name: value for name, value in plan.arguments().items() if name not in ("objective", "modules")}
+            setup = replace(local, **{**way, "modules": plan.modules, "recompute": plan.recompute == "block"})
             predicted = plan.peak
         else:
             predicted = memory.meter_step(skeleton, setup, batch).peak

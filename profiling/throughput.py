@@ -66,6 +66,8 @@ class Setup(memory.Setup):
         parts += [f"parts of {self.micro_batch}"] if self.micro_batch is not None else []
         parts += ["recompute"] if ours and self.recompute else []
         parts += [f"residency {self.residency}"] if ours else []
+        parts += ["boundaries on the host"] if self.boundaries == "host" else []
+        parts += ["low weights"] if self.weights == "low" else []
         return ", ".join(parts)
 
 
@@ -164,7 +166,7 @@ class Training:
         import torch
 
         self._batch_size = size
-        images, _ = memory._batch(self.model, self.setup, size)
+        images, _ = memory.batch(self.model, self.setup, size)
         if images.dtype == torch.uint8:
             images = torch.randint(0, 256, images.shape, dtype=torch.uint8, device=self.device)
         else:
@@ -246,6 +248,8 @@ class Training:
             micro_batch=setup.micro_batch,
             recompute="block" if setup.recompute else "none",
             residency=setup.residency,  # type: ignore[arg-type]
+            boundaries=setup.boundaries,  # type: ignore[arg-type]
+            weights=setup.weights,  # type: ignore[arg-type]
             amp_dtype=self.amp_dtype,
             device=self.device,
             kernels=setup.kernels,  # type: ignore[arg-type]
@@ -491,7 +495,7 @@ def main(argv: list[str]) -> int:
     if arguments.trace and not arguments.only:
         raise UserError("--trace needs --only TEXT: a trace of every set-up would be gigabytes.")
     for model in arguments.model:
-        memory._model(model, arguments.image_size)  # refuses what is no timm model
+        memory.skeleton(model, arguments.image_size)  # refuses what is no timm model
 
     folder = results.card_folder(arguments.output)
     if arguments.cap is not None:
@@ -528,7 +532,7 @@ def main(argv: list[str]) -> int:
 
 
 def _setups(arguments: Any, model: str, device: torch.device) -> list[Setup]:
-    modules = memory._possible(memory._model(model, arguments.image_size), arguments.modules)
+    modules = memory.possible(memory.skeleton(model, arguments.image_size), arguments.modules)
     if not modules:
         raise UserError(f"--modules: {model} cannot be cut into any of {arguments.modules} modules.")
     size = min(arguments.micro_batch, arguments.batch_size)

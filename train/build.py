@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -174,23 +175,36 @@ def build_trainer(
 
 
 def follow_plan(config: TrainConfig, model: nn.Module, device: torch.device) -> TrainConfig:
-    """``config`` with modules, micro-batch, recomputation and residency as `fastlocal.plan` chooses them for its memory.
+    """``config`` with what `fastlocal.plan` chooses for its memory, objective and batch size.
 
     Raises:
         ValueError: nothing fits, or the memory is not a size.
     """
     assert config.memory is not None
-    options = unplanned_options(config, device)
+    if config.torchcompile:
+        print("planning: what compiled modules need beyond eager ones is not in the plan", file=sys.stderr)
     plan = fastlocal.plan(
-        model, batch_size=config.batch_size, memory=config.memory, objective=config.objective, **options
+        model,
+        batch_size=config.batch_size,
+        memory=config.memory,
+        objective=config.objective,
+        **planned_for(config),
+        **unplanned_options(config, device),
     )
-    return replace(
-        config,
-        modules=plan.cuts,
-        micro_batch=plan.micro_batch,
-        recompute=plan.recompute,
-        residency=plan.residency,
-    )
+    chosen = plan.arguments()
+    return replace(config, **{**chosen, "modules": plan.cuts or 1})
+
+
+def planned_for(config: TrainConfig) -> dict[str, Any]:
+    """The arguments of `fastlocal.plan` that say what a plan must leave room for, and who hears of the progress."""
+    return {
+        "reserve": config.reserve,
+        "host_memory": config.host_memory,
+        "image_dtype": torch.float32
+        if config.mixup or config.cutmix
+        else torch.uint8,  # mixed images are not whole numbers
+        "say": lambda text: print(f"planning: {text}", file=sys.stderr),
+    }
 
 
 def unplanned_options(config: TrainConfig, device: torch.device) -> dict[str, Any]:

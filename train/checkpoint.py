@@ -176,7 +176,8 @@ def read_tree(path: Path) -> dict[str, Any]:
         ) from None
     except Exception as error:  # a damaged file fails anywhere in the reader
         raise UserError(f"{path} is truncated or is not a checkpoint ({type(error).__name__} while reading).") from None
-    if not isinstance(tree, dict) or tree.get("format") != FORMAT:
+    found = tree.get("format") if isinstance(tree, dict) else None
+    if not isinstance(found, int) or found != FORMAT:
         raise UserError(f"{path} is not a fastlocal checkpoint of format {FORMAT}.")
     problems = _problems_of_leaves(tree, path.stat().st_size)
     if problems:
@@ -283,6 +284,11 @@ def finite(value: Any) -> bool:
     return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
 
 
+def plain(value: Any) -> bool:
+    """a plain value"""
+    return not any(isinstance(leaf, Tensor) for _, leaf in leaves(value))
+
+
 def anything(_: Any) -> bool:
     """anything"""
     return True
@@ -296,7 +302,7 @@ def _counted(value: Any) -> bool:
 # A kind is a type, a test with its words as docstring, [kind] for a list, {name: kind} for a dict, Each or Optional.
 CHECKPOINT: dict[str, Any] = {
     "format": int,
-    "config": Each(anything),
+    "config": Each(plain),
     "classes": [str],
     "preprocessing": {
         "image_size": [at_least(1)],
@@ -312,7 +318,7 @@ CHECKPOINT: dict[str, Any] = {
         "classes": [str],
         "training images": Each(_counted),
         "validation images": Each(_counted),
-        "preprocessing": Each(anything),
+        "preprocessing": Each(plain),
     },
     "trainer": {
         "version": int,
@@ -321,7 +327,7 @@ CHECKPOINT: dict[str, Any] = {
         "steps": at_least(0),
         "model": Each(Tensor),
         "heads": Each(Tensor),
-        "optimizers": [{"state": Each(Each(anything), key=int), "param_groups": [Each(anything)]}],
+        "optimizers": [{"state": Each(Each(anything), key=int), "param_groups": [Each(plain)]}],
         "scaler": Each(finite),
         "ema": Optional(Each(Tensor)),
     },
@@ -454,11 +460,20 @@ def random_state() -> dict[str, Any]:
 
 
 def restore_random_state(state: dict[str, Any]) -> None:
-    """Undo everything drawn since `random_state` gave ``state``; CUDA generators as far as the device count agrees."""
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    torch.set_rng_state(state["torch"])
-    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
+    """Undo everything drawn since `random_state` gave ``state``; CUDA generators as far as the device count agrees.
+
+    Raises:
+        ValueError: ``state`` is of no generator.
+    """
+    try:
+        version, internal, gauss = state["python"]
+        random.setstate((version, tuple(internal), gauss))
+        name, keys, position, has_gauss, cached = state["numpy"]
+        if not 0 <= position <= 624:  # numpy reads there without looking
+            raise ValueError
+        np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
+        torch.set_rng_state(state["torch"])
+        if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["cuda"])
+    except (ValueError, TypeError, RuntimeError, OverflowError, AttributeError) as error:
+        raise ValueError(f"the state of a random generator is damaged ({printable(str(error), 100)})") from None

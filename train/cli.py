@@ -228,6 +228,7 @@ def plan(argv: list[str]) -> int:
             "reconstruction",
         ),
         *("normalize_target", "lookahead", "opt", "amp", "amp_dtype", "model_ema", "kernels", "device"),
+        *("reserve", "host_memory", "mixup", "cutmix"),
     ]
     _add_options(parser, only=about_plan)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -237,7 +238,7 @@ def plan(argv: list[str]) -> int:
 
     from fastlocal.train.plan import make_plan, show
 
-    return show(make_plan(config), as_json)
+    return show(make_plan(config, given.get("objective")), config, as_json)
 
 
 def doctor(argv: list[str]) -> int:

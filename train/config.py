@@ -35,7 +35,7 @@ def nearest(name: str, names: Iterable[str]) -> str:
 def shown(value: Any) -> str:
     """``repr(value)``, shortened: what a sentence quotes may come from a file and be of any size."""
     try:
-        return _SHORT.repr(value)
+        return printable(_SHORT.repr(value), 100)
     except ValueError:  # Python prints no number of more than 4300 digits
         return f"a value of type {type(value).__name__}"
 
@@ -138,7 +138,7 @@ def _modules(value: Any) -> int | str | tuple[int, ...]:
         return "stages"
     parts = value.split(",") if isinstance(value, str) else value
     if isinstance(parts, list | tuple) and (len(parts) > 1 or not isinstance(value, str)):
-        return tuple(_whole(part) for part in parts)
+        return tuple(_whole(part) for part in parts if part != "")  # "8," is one cut, and 8 a number of modules
     return _whole(value)
 
 
@@ -368,8 +368,15 @@ class TrainConfig:
 
     # Memory and arithmetic
     memory: str | None = _option(
-        None, "budget such as 4GiB: the planner sets --modules, --micro-batch, --recompute and --residency", _bytes
+        None,
+        "memory of the card, such as 4GiB: the planner sets --modules, --micro-batch, --recompute, --residency,"
+        " --boundaries and --weights",
+        _bytes,
     )
+    reserve: str = _option(
+        "512MiB", "what of --memory tensors cannot have: CUDA's context, cuBLAS, the allocator's rounding"
+    )
+    host_memory: str | None = _option(None, "host memory that a plan may use, such as 16GiB; default: any")
     micro_batch: int | None = _option(None, "images per part of a batch; default: the whole batch", _whole, at_least=1)
     recompute: str = _option("none", "what the backward pass computes again", choices=("none", "block"))
     residency: str = _option(

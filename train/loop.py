@@ -222,7 +222,10 @@ class _Run:
         self.progress = Progress(**saved["progress"])
         self._check_progress(path)
         self.progress.totals = {name: total.to(self.device) for name, total in self.progress.totals.items()}
-        checkpoints.restore_random_state(saved["random"])
+        try:
+            checkpoints.restore_random_state(saved["random"])
+        except ValueError as error:
+            raise UserError(f"{path} is not a whole checkpoint: {error}.") from None
         self.lost_rows = self.folder.keep_rows(self.progress.epoch)
 
     def _check_progress(self, path: Path) -> None:

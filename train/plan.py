@@ -3,35 +3,50 @@
 from __future__ import annotations
 
 import json
-import sys
+import shlex
+from dataclasses import fields
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
-from fastlocal.planner import Candidate, Search, format_bytes, search
-from fastlocal.train.build import build_device, build_model, pretrained_configuration, unplanned_options
+from fastlocal.planner import NOMINAL, Candidate, Plan, Search, format_bytes, search
+from fastlocal.train.build import build_device, build_model, planned_for, pretrained_configuration, unplanned_options
 from fastlocal.train.config import TrainConfig, UserError
 
+WIDTH = 80  # of a terminal that nobody has widened
 
-def make_plan(config: TrainConfig) -> Search:
-    """Search for plans of ``config``'s model, batch size, objective and memory, without taking memory for the model.
+
+def make_plan(config: TrainConfig, objective: str | None) -> Search:
+    """Search for plans of ``config``'s model, batch size and memory, without taking memory for the model.
+
+    Args:
+        objective: the only one to plan for; None weighs exact gradients against local ones.
 
     Raises:
         UserError: no memory is given, or a name is not known.
         ValueError: what the planner refuses.
     """
     if config.memory is None:
-        raise UserError("--memory is missing: give the budget, such as --memory 4GiB.")
+        raise UserError("--memory is missing: give the card's, such as --memory 4GiB.")
     with torch.device("meta"):
         designed = tuple(pretrained_configuration(config.model)["input_size"][-2:])
         model = build_model(config, 1000, config.img_size or designed)
     options = unplanned_options(config, build_device(config))
-    return search(model, batch_size=config.batch_size, budget=config.memory, objective=config.objective, **options)
+    if config.device == "auto" and not torch.cuda.is_available():
+        del options["device"]  # a plan on a machine without a card is for one with a card
+    return search(
+        model,
+        batch_size=config.batch_size,
+        budget=config.memory,
+        objective=objective,
+        **planned_for(config),
+        **options,
+    )
 
 
-def show(found: Search, as_json: bool) -> int:
+def show(found: Search, config: TrainConfig, as_json: bool) -> int:
     """Print what was found; returns 0 if something fits, else 2."""
     chosen = found.chosen
     if as_json:
@@ -39,7 +54,9 @@ def show(found: Search, as_json: bool) -> int:
             json.dumps(
                 {
                     "budget": found.budget,
+                    "reserve": found.reserve,
                     "chosen": chosen and chosen.to_dict(),
+                    "command": chosen and command(chosen, config),
                     "smallest": found.smallest,
                     "candidates": [_plain(candidate) for candidate in found.candidates],
                     "rivals": [_plain(candidate) for candidate in found.rivals],
@@ -47,45 +64,101 @@ def show(found: Search, as_json: bool) -> int:
             )
         )
         return 0 if chosen else 2
-    console = Console(soft_wrap=True, width=None if sys.stdout.isatty() else 160)
+    console = Console(width=WIDTH, highlight=False)
     console.print(_table("Plans, best first", found.candidates))
     console.print(_table("Ordinary end-to-end training in the same memory", found.rivals))
+    speed = "a card of its class" if found.card is NOMINAL else found.card.name
+    room = f"{format_bytes(found.budget)} less {format_bytes(found.reserve)} of reserve"
     if chosen is None:
-        console.print(
-            f"Nothing fits {format_bytes(found.budget)}; the smallest budget that would do is"
-            f" {format_bytes(found.smallest, up=True)}."
-        )
+        least = format_bytes(found.smallest + found.reserve, up=True)
+        console.print(f"Nothing fits {room}; the smallest card that would do has {least}.")
         return 2
-    cuts = ",".join(map(str, chosen.cuts))
+    if chosen.is_plain:
+        console.print("Plain training fits: use it.")
     console.print(
-        f"Predicted peak {format_bytes(chosen.peak)} of {format_bytes(found.budget)}, tensors only: leave some 0.5 GiB of the"
-        " card for the CUDA context and fragmentation.\nTrain with: fastlocal train"
-        f" --objective {chosen.objective} --modules {cuts or 1} --micro-batch {chosen.micro_batch}"
-        f" --recompute {chosen.recompute} --residency {chosen.residency} --batch-size {chosen.batch_size} …"
+        f"Peak {format_bytes(chosen.peak)} of tensors, seen in a rehearsal, of {room}.\n"
+        f"Host memory {format_bytes(chosen.host)}, bus {format_bytes(chosen.traffic)} a step.\n"
+        f"Peaks marked ≈ are estimates; time is ranked for {speed}.\n\n{command(chosen, config)}"
     )
     return 0
 
 
+# What the plan command knows of a run besides the plan itself.
+_PASSED_ON = (
+    *(
+        "model",
+        "model_kwargs",
+        "img_size",
+        "in_chans",
+        "decoder",
+        "first_target",
+        "reconstruction",
+        "normalize_target",
+        "lookahead",
+        "opt",
+        "amp",
+    ),
+    *("amp_dtype", "model_ema", "kernels", "device", "mixup", "cutmix"),
+)
+
+
+def command(plan: Plan, config: TrainConfig) -> str:
+    """A complete ``fastlocal train`` command that follows ``plan``; it runs as it is, on random images."""
+    words = ["fastlocal train --data synthetic"]
+    for option in fields(TrainConfig):
+        value = getattr(config, option.name)
+        given = value != option.default and value != {}
+        if option.name not in _PASSED_ON or (not given and option.name != "model"):
+            continue
+        flag = f"--{option.name.replace('_', '-')}"
+        if option.name == "model_kwargs":
+            words.append(" ".join([flag, *(shlex.quote(f"{name}={entry}") for name, entry in value.items())]))
+        else:
+            words.append(flag if value is True else f"{flag} {shlex.quote(_text(value))}")
+    cuts = ",".join(map(str, plan.cuts)) + "," * (len(plan.cuts) == 1)  # "8," is a cut, and 8 a number of modules
+    for name, entry in {**plan.arguments(), "modules": cuts or 1, "batch_size": plan.batch_size}.items():
+        words.append(f"--{name.replace('_', '-')} {entry}")
+    lines = [words[0]]
+    for word in words[1:]:
+        if len(lines[-1]) + len(word) + 3 > WIDTH:
+            lines[-1] += " \\"
+            lines.append("   ")
+        lines[-1] += f" {word}"
+    return "\n".join(lines)
+
+
+def _text(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def _plain(candidate: Candidate) -> dict[str, Any]:
-    return {**candidate.plan.to_dict(), "verdict": candidate.verdict, "measured": candidate.measured}
+    accuracy = candidate.plan.accuracy
+    return {
+        **candidate.plan.to_dict(),
+        "accuracy": accuracy,
+        "verdict": candidate.verdict,
+        "measured": candidate.measured,
+    }
 
 
 def _table(title: str, candidates: tuple[Candidate, ...]) -> Table:
-    table = Table(title=title, title_justify="left")
-    for heading in ("objective", "modules", "micro-batch", "recompute", "on device", "peak", "FLOPs", "bus / step", ""):
-        right = heading in ("modules", "micro-batch", "peak", "FLOPs")
-        table.add_column(heading, justify="right" if right else "left", overflow="fold")
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for heading in ("", "K", "parts", "kept here", "peak", "FLOPs", "bus", ""):
+        right = heading in ("K", "parts", "peak", "FLOPs", "bus")
+        table.add_column(heading, justify="right" if right else "left", no_wrap=right, overflow="fold")
     for candidate in candidates:
         plan = candidate.plan
+        kept = {"all": "all", "optimizer": "weights", "module": "a module"}[plan.residency]
+        kept += ", low" * (plan.weights == "low") + ", no bound." * (plan.boundaries == "host")
         table.add_row(
-            plan.objective,
+            plan.accuracy if plan.accuracy == "exact" else f"local: {plan.objective}",
             str(plan.modules),
-            str(plan.micro_batch),
-            plan.recompute,
-            {"all": "all state", "optimizer": "all but optimizer", "module": "one module"}[plan.residency],
-            ("" if candidate.measured else "≥ ") + format_bytes(plan.peak),
-            f"{plan.compute:.2f}×",
+            f"{plan.micro_batch}{'*' * (plan.recompute == 'block')}",
+            kept,
+            ("" if candidate.measured else "≈") + format_bytes(plan.peak),
+            f"{plan.compute:.2f}",
             format_bytes(plan.traffic) if plan.traffic else "–",
             candidate.verdict,
         )
+    table.caption = "* blocks recomputed"
     return table

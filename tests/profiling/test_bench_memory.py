@@ -13,7 +13,8 @@ from torch import nn
 
 from fastlocal.profiling import memory
 from fastlocal.profiling.cli import bench
-from fastlocal.profiling.memory import MIB, Setup, count_flops, meter_step
+from fastlocal.profiling.memory import MIB, Setup, count_flops, measure, meter_step, step, table
+from fastlocal.profiling.memory.setups import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +36,13 @@ def swin() -> nn.Module:
         Setup("local", 2, False, 2, "image", "conv", "all"),
         Setup("exact", 2, True, 2, residency="module"),
         Setup("exact", 3, True, 2, residency="optimizer"),  # the last part is smaller
+        Setup("rival", 2, True, method="fsdp"),
     ],
     ids=lambda setup: setup.name,
 )
 def test_three_parts_have_the_peak_of_all(swin: nn.Module, setup: Setup, monkeypatch: pytest.MonkeyPatch) -> None:
     short = meter_step(swin, setup, batch_size=11)
-    monkeypatch.setattr(memory, "representative", lambda parts: parts)
+    monkeypatch.setattr(step, "representative", lambda parts: parts)
     whole = meter_step(swin, setup, batch_size=11)
     assert short.peak == whole.peak
     assert short.peak_by_kind == whole.peak_by_kind
@@ -62,6 +64,35 @@ def test_compute_is_counted(swin: nn.Module) -> None:
     assert flops["plain"] < flops["two"] < flops["plain"] + forward  # one more forward, of all but the last module
 
 
+def test_each_method_moves_and_keeps_what_it_must(swin: nn.Module) -> None:
+    """Bytes over the bus and on the host in multiples of the fp32 weights, in two parts of two samples or in one of four."""
+    weights = sum(4 * p.numel() for p in swin.parameters())
+    plain = meter_step(swin, Setup("rival", 2, True), 4)
+    known = {  # bus, host: per part FSDP2 brings the blocks in twice and takes the gradients out
+        "in-backward": (0, 0),
+        "torchao": (2, 4),
+        "8-bit": (0, 0),
+        "lora": (0, 0),
+        "badam": (0, 0),
+        "fsdp": (6, 4),
+        "fsdp bf16": (6, 4),
+    }
+    for name, (bus, host) in known.items():
+        meter = meter_step(swin, Setup("rival", None if bus == 2 else 2, True, method=name), 4)
+        assert meter.traffic / weights == pytest.approx(bus, rel=0.15), name
+        assert meter.peak_by_device.get("host", 0) / weights == pytest.approx(host, rel=0.15), name
+        assert meter.peak < plain.peak or name == "in-backward", name
+    assert set(METHODS) == {*known, "fsdp saved", "fsdp bf16 saved"}
+    assert all(method.lines >= 1 for method in METHODS.values())
+
+
+def test_what_moves_with_the_parts_is_counted_for_all_of_them(swin: nn.Module) -> None:
+    saved = measure(swin, Setup("rival", 2, True, method="fsdp saved"), 6)
+    assert saved.traffic == meter_step(swin, saved.setup, 6).traffic  # three parts, all of which are run
+    ours = Setup("exact", 2, True, 2, residency="module", boundaries="host", weights="low")
+    assert measure(swin, ours, 6).traffic == meter_step(swin, ours, 6).traffic > 0
+
+
 def test_the_known_rivals_of_swin_tiny() -> None:
     """Peaks in MiB at batch 64, with the 36.75 MiB of fp32 images."""
     with torch.device("meta"):
@@ -73,13 +104,27 @@ def test_the_known_rivals_of_swin_tiny() -> None:
     assert not known
 
 
-def test_the_command_writes_rows_a_table_and_both_plots(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_writes_rows_a_table_and_its_plots(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = [Setup("rival", None, recompute, tuned=False) for recompute in (False, True)]
+    monkeypatch.setattr(table, "rivals", lambda batch, part, methods: few)
+    monkeypatch.setattr(
+        table,
+        "ours",
+        lambda counts, *_: [
+            Setup(f, 2, True, counts[-1], o) for f, o in (("local", "feature"), ("exact", "end-to-end"))
+        ],
+    )
     options = ["--model", "test_vit", "--batch-size", "4", "--micro-batch", "2", "--modules", "2", "99"]
-    options += ["--objectives", "feature", "--decoders", "linear", "--output", str(tmp_path)]
+    options += ["--objectives", "feature", "--decoders", "linear", "--methods", "torchao", "--output", str(tmp_path)]
     assert bench(["memory", *options]) == 0
     folder = tmp_path / "memory"
     written = {path.name.removeprefix("test_vit-4") for path in folder.iterdir()}
-    assert written == {".jsonl", ".md", "-timeline.png", "-timeline.svg", "-pareto.png", "-pareto.svg"}
+    assert written == {
+        ".jsonl",
+        ".md",
+    } | {f"-{plot}.{suffix}" for plot in ("timeline", "pareto", "bus") for suffix in ("png", "svg")}
     rows = [json.loads(line) for line in (folder / "test_vit-4.jsonl").read_text().splitlines()]
     assert {row["modules"] for row in rows} == {1, 2}  # a rival has one
     assert {row["family"] for row in rows} == {"rival", "local", "exact"}

@@ -32,6 +32,8 @@ MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels
 UNREADABLE: tuple[type[BaseException], ...] = (OSError, SyntaxError, ValueError, EOFError, TypeError, LookupError)
 UNREADABLE += (AttributeError, MemoryError, ArithmeticError, RuntimeError, AssertionError, Image.DecompressionBombError)
 
+LARGEST_FOR_FREE, DENSEST = 2**20, 2000  # pixels of any file, and per byte; a PNG of one colour has 350
+
 Source = str | Path | bytes
 
 
@@ -98,7 +100,12 @@ def read_picture(source: Source, channels: int = 3, name: str | None = None) -> 
 
 def _open(source: Source) -> Image.Image:
     file: str | Path | IO[bytes] = io.BytesIO(source) if isinstance(source, bytes) else source
-    return Image.open(file)
+    image = Image.open(file)
+    length = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
+    if image.width * image.height > LARGEST_FOR_FREE + DENSEST * length:  # before there is memory for its pixels
+        image.close()
+        raise ValueError(f"it is to have {image.width} × {image.height} pixels, in {length} bytes")
+    return image
 
 
 def _refusal(source: Source, name: str | None, error: BaseException) -> UserError:

@@ -1,0 +1,258 @@
+"""The memory, the compute and the bus traffic of a step, added up from the costs of its parts, for any way to train.
+
+Good enough to rank by and to know what to rehearse; what is said of the chosen plan comes from the rehearsal.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from fastlocal.boundary import Home
+from fastlocal.hosted import SLICE
+from fastlocal.module import LocalModule, Recompute
+from fastlocal.objectives import Objective
+from fastlocal.planner.cards import SECONDS_PER_BLOCK, USED, Card
+from fastlocal.planner.profile import Cost, Profile
+from fastlocal.residency import Keep, Weights
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A way to train, and what it needs.
+
+    Attributes:
+        objective: as for `LocalTrainer`.
+        cuts: index of the first block of the second, third, … module; empty for one module.
+        batch_size: samples per step.
+        micro_batch: samples per part.
+        recompute, residency, boundaries, weights: as for `LocalTrainer`.
+        peak: bytes of tensors on the device at the peak of a step.
+        host: bytes of weights, optimizer states and boundaries in host memory.
+        compute: FLOPs of a step, as a multiple of a plain end-to-end step's.
+        traffic: bytes that cross the host bus per step, both ways together.
+        seconds: the estimate that candidates are ranked by; not a promise.
+    """
+
+    objective: str
+    cuts: tuple[int, ...]
+    batch_size: int
+    micro_batch: int
+    recompute: Recompute
+    residency: Keep
+    boundaries: Home
+    weights: Weights
+    peak: int
+    host: int
+    compute: float
+    traffic: int
+    seconds: float
+
+    @property
+    def modules(self) -> int:
+        """The number of modules, K."""
+        return len(self.cuts) + 1
+
+    @property
+    def accuracy(self) -> Literal["exact", "local"]:
+        """Whether gradients are those of backpropagation, or of each module's own loss."""
+        return "exact" if self.objective == "end-to-end" else "local"
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is plain training: one module, one part, nothing recomputed or moved."""
+        one = self.accuracy == "exact" and not self.cuts and self.micro_batch == self.batch_size
+        return one and (self.recompute, self.residency, self.boundaries) == ("none", "all", "device")
+
+    def arguments(self) -> dict[str, Any]:
+        """The keyword arguments that make a `LocalTrainer` follow this plan."""
+        return {
+            "objective": self.objective,
+            "modules": list(self.cuts),
+            "micro_batch": self.micro_batch,
+            "recompute": self.recompute,
+            "residency": self.residency,
+            "boundaries": self.boundaries,
+            "weights": self.weights,
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain values, for a run's configuration."""
+        return {**asdict(self), "cuts": list(self.cuts)}
+
+
+class Cut:
+    """The parts of a model, cut into ``modules``, and what a step over them costs.
+
+    Args:
+        states: bytes of optimizer state per byte of trained weights.
+        extra: bytes on the device whatever the plan (a moving average, say), or on the host with residency="module".
+        foreach: whether the optimizer steps on all parameters at once, with temporaries as large as they are.
+    """
+
+    def __init__(
+        self,
+        profile: Profile,
+        objective: Objective,
+        modules: Sequence[LocalModule],
+        batch_size: int,
+        states: float,
+        extra: int,
+        foreach: bool,
+    ) -> None:
+        self.profile, self.objective, self.batch_size = profile, objective, batch_size
+        self.spans = [module.span for module in modules]
+        self.states, self.extra, self.foreach = states, extra, foreach
+        self.reads_image = [module.reads_image for module in modules]
+        self.measures_residual = [module.measure_residual for module in modules]
+        self._heads = [profile.heads(module, objective) if module.heads else None for module in modules]
+        self.parts = [self._parts(k) for k in range(len(modules))]
+
+    @property
+    def cuts(self) -> tuple[int, ...]:
+        """First blocks of all modules but the first."""
+        return tuple(span.start for span in self.spans[1:])
+
+    def _parts(self, k: int) -> list[Cost]:
+        """Stem, blocks and heads of module ``k``."""
+        last = k == len(self.spans) - 1
+        heads = self.profile.head if last else self._heads[k]
+        blocks = [self.profile.blocks[i] for i in self.spans[k]]
+        return [*([self.profile.stem] if k == 0 else []), *blocks, *([heads] if heads is not None else [])]
+
+    def plan(
+        self, micro_batch: int, recompute: Recompute, residency: Keep, boundaries: Home, weights: Weights, card: Card
+    ) -> Plan:
+        """The way to train with these options, its needs and cost estimated."""
+        traffic = self._traffic(residency, boundaries, weights)
+        flops, plain = self._flops(recompute), self._plain
+        launched = -(-self.batch_size // micro_batch) * len(self.profile.blocks) * flops / plain
+        saved = sum(part.saved.per_sample for parts in self.parts for part in parts) * self.batch_size
+        # Kernels that only move memory touch what autograd saves some six times; the optimizer reads and writes all state.
+        moved = 6 * saved * flops / plain + (3 + 2 * self.states) * sum(self._owned)
+        computing = flops * self.batch_size / (USED * card.flops) + moved / card.bandwidth
+        return Plan(
+            objective=self.objective.name,
+            cuts=self.cuts,
+            batch_size=self.batch_size,
+            micro_batch=micro_batch,
+            recompute=recompute,
+            residency=residency,
+            boundaries=boundaries,
+            weights=weights,
+            peak=round(self._peak(micro_batch, recompute, residency, boundaries, weights)),
+            host=round(self._host(residency, boundaries, weights)),
+            compute=flops / plain,
+            traffic=round(traffic),
+            # The bus works while the card does, so the slower of the two counts; each direction has half of the traffic,
+            # and a tenth of it is taken to be waited for.
+            seconds=max(computing, traffic / 2 / card.bus) + 0.05 * traffic / card.bus + launched * SECONDS_PER_BLOCK,
+        )
+
+    # Memory
+
+    @functools.cached_property
+    def _owned(self) -> list[int]:
+        return [sum(part.weights for part in parts) for parts in self.parts]
+
+    @functools.cached_property
+    def _trained(self) -> list[int]:
+        return [sum(part.trained for part in parts) for parts in self.parts]
+
+    def _boundary(self, k: int) -> int:
+        """Bytes of a sample of what enters module ``k``."""
+        return self.profile.boundary(self.spans[k].start) if k else self.profile.image
+
+    def _peak(
+        self, micro_batch: int, recompute: Recompute, residency: Keep, boundaries: Home, weights: Weights
+    ) -> float:
+        modules = range(len(self.parts))
+        held = list(self._owned)
+        if weights == "low":
+            held = [own - sum(p.castable for p in parts) / 2 for own, parts in zip(held, self.parts, strict=True)]
+        everything = self.extra if residency != "module" else 0
+        everything += {"all": sum(self._owned) + self.states * sum(self._trained), "optimizer": sum(self._owned)}.get(
+            residency, 0
+        )
+        peak = 0.0
+        for k in modules:
+            computing = self._graph(k, micro_batch, recompute, weights)
+            largest = max(part.trained for part in self.parts[k])
+            temporaries = self._trained[k] if self.foreach else largest / 4
+            if residency != "all":  # two slices of the states and of the master, and temporaries of one
+                temporaries = min(4 * SLICE, self._trained[k] / 2) * (2 * self.states + 1 + 2 * (weights == "low"))
+            neighbour = (k - 1 if self.objective.exact and k else k + 1) if len(modules) > 1 else k
+            here = held[k] + (held[neighbour] if neighbour != k and neighbour < len(held) else 0)
+            here = here if residency == "module" else 0
+            standing = self._standing(k, micro_batch, boundaries)
+            peak = max(peak, everything + here + self._trained[k] + max(computing, temporaries) + standing)
+        return peak
+
+    def _graph(self, k: int, micro_batch: int, recompute: Recompute, weights: Weights) -> float:
+        """Bytes of what autograd saves for module ``k`` on one part, and of the work on it."""
+        span, parts = self.spans[k], self.parts[k]
+        saved = [part.saved.at(micro_batch) - (part.castable / 2 if weights == "low" else 0) for part in parts]
+        work = max(part.work.at(micro_batch) for part in parts)
+        outputs = sum(self.profile.boundary(i + 1) for i in span) * micro_batch
+        if recompute == "block" and not self.measures_residual[k]:
+            inputs = outputs + self.profile.boundary(span.start) * micro_batch
+            return inputs + max(saved) + work
+        return sum(saved) + self.profile.boundary(span.stop) * micro_batch * 2 + work
+
+    def _standing(self, k: int, micro_batch: int, boundaries: Home) -> float:
+        """Bytes of the boundaries that are on the device while module ``k`` learns."""
+        entering = self._boundary(k)
+        following = self._boundary(k + 1) if k + 1 < len(self.spans) else 0
+        if boundaries == "host":
+            return micro_batch * (2 * entering + 2 * following)
+        if not self.objective.exact:
+            images = self.profile.image if k and any(self.reads_image[k:]) else 0
+            return self.batch_size * (images + entering + following)
+        alive = sum(self._boundary(i) for i in range(k + 1))
+        return self.batch_size * (alive + following + (entering if k else 0))
+
+    def _host(self, residency: Keep, boundaries: Home, weights: Weights) -> float:
+        total = 0.0 if residency == "all" else self.states * sum(self._trained)
+        if residency == "module":
+            total += sum(self._owned) + self.extra
+            if weights == "low":
+                total += sum(part.castable for parts in self.parts for part in parts) / 2
+        if boundaries == "host":
+            standing = [self._boundary(k) for k in range(len(self.spans))]
+            total += self.batch_size * (sum(standing) + max(standing) if self.objective.exact else 3 * max(standing))
+        return total
+
+    # Cost
+
+    @functools.cached_property
+    def _plain(self) -> float:
+        profile = self.profile
+        return sum(part.forward + part.backward for part in (profile.stem, *profile.blocks, profile.head))
+
+    def _flops(self, recompute: Recompute) -> float:
+        """FLOPs per sample."""
+        total = sum(part.forward + part.backward for parts in self.parts for part in parts)
+        if self.objective.exact:  # one more forward of all modules but the last
+            total += sum(part.forward for parts in self.parts[:-1] for part in parts)
+        if recompute == "block":
+            total += sum(self.profile.blocks[i].forward for span in self.spans for i in span[:-1])
+        return total
+
+    def _traffic(self, residency: Keep, boundaries: Home, weights: Weights) -> float:
+        """Bytes over the bus, both ways together."""
+        total = 0.0 if residency == "all" else 2 * self.states * sum(self._trained)
+        if residency == "module":
+            castable = [sum(part.castable for part in parts) for parts in self.parts]
+            fetched = [own - c / 2 * (weights == "low") for own, c in zip(self._owned, castable, strict=True)]
+            total += sum(fetched) + sum(self._trained)
+            if self.objective.exact:
+                total += sum(fetched[:-1])
+            if weights == "low":  # the fp32 master comes for the update, and the cast goes back with it
+                total += 1.5 * sum(castable)
+        if boundaries == "host":
+            standing = sum(self._boundary(k) for k in range(1, len(self.spans)))
+            crossings = 5 if self.objective.exact else 2
+            total += self.batch_size * (crossings * standing + self.profile.image * (1 + self.objective.exact))
+        return total

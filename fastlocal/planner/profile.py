@@ -1,0 +1,171 @@
+"""What each part of a model takes: measured once for each distinct block, in a dry run of it alone.
+
+Bytes are affine in the number of samples: what autograd saves and what a kernel needs go with the samples, casts of the weights
+do not. So two sizes tell.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from fastlocal import memory
+from fastlocal.backbone import Backbone
+from fastlocal.geometry import Geometry
+from fastlocal.module import LocalModule
+from fastlocal.objectives import Features, Objective
+
+SIZES = (1, 3)  # samples
+
+
+@dataclass(frozen=True)
+class Line:
+    """Bytes as a function of samples."""
+
+    constant: float
+    per_sample: float
+
+    def at(self, samples: int) -> float:
+        return max(self.constant + samples * self.per_sample, 0.0)
+
+    @classmethod
+    def through(cls, values: Sequence[float]) -> Line:
+        slope = (values[1] - values[0]) / (SIZES[1] - SIZES[0])
+        return cls(values[0] - SIZES[0] * slope, slope)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a forward and a backward take.
+
+    Attributes:
+        weights: bytes of the parameters, and of them ``trained`` and ``castable`` (what autocast would cast).
+        saved: bytes that autograd keeps from forward to backward.
+        work: bytes beyond these, the parameters, their gradients and the output at the worst moment.
+        forward, backward: FLOPs per sample.
+    """
+
+    weights: int
+    trained: int
+    castable: int
+    saved: Line
+    work: Line
+    forward: float
+    backward: float
+
+
+# What was measured in this process, by all that it depends on.
+_known: dict[Hashable, Cost] = {}
+
+
+class Profile:
+    """The costs of stem, blocks and head of ``view``, and of the heads that an objective adds. For use inside a dry run."""
+
+    def __init__(self, view: Backbone, amp_dtype: torch.dtype | None, say: Callable[[str], None]) -> None:
+        self.view = view
+        self.amp_dtype = amp_dtype
+        say("measuring a block of each kind")
+        self.stem = self._cost(view.stem, view.image, first=True)
+        self.blocks = [self._cost(block, view.boundaries[i]) for i, block in enumerate(view.blocks)]
+        self.head = self._cost(view.head, view.boundaries[-1])
+
+    def boundary(self, i: int) -> int:
+        """Bytes of a sample between blocks ``i - 1`` and ``i``."""
+        width = (self.amp_dtype or torch.float32).itemsize
+        return width * torch.Size(self.view.boundaries[i].shape).numel()
+
+    @property
+    def image(self) -> int:
+        """Bytes of an image as uint8."""
+        return torch.Size(self.view.image.shape).numel()
+
+    def heads(self, module: LocalModule, objective: Objective) -> Cost:
+        """The cost of the auxiliary head and the decoder of ``module``."""
+        extra = (self.view.boundaries[module.span.start], self.view.image)
+        heads = _Heads(module, objective)
+        return self._cost(
+            heads, self.view.boundaries[module.span.stop], extra, about=(objective.name, module.lookahead)
+        )
+
+    def _cost(
+        self,
+        part: nn.Module,
+        source: Geometry,
+        extra: Sequence[Geometry] = (),
+        first: bool = False,
+        about: tuple[str, Sequence[nn.Module]] | None = None,
+    ) -> Cost:
+        """The cost of ``part`` on inputs of geometry ``source`` and ``extra``, measured if none like it was before."""
+        likewise = about and (about[0], tuple(map(structure, about[1])))
+        key = (self.amp_dtype, source, tuple(extra), first, likewise, structure(part))
+        if key not in _known:
+            _known[key] = self._measure(part, source, first, extra)
+        return _known[key]
+
+    def _measure(self, part: nn.Module, source: Geometry, first: bool, extra: Sequence[Geometry]) -> Cost:
+        parameters = list(part.parameters())
+        trained = [p for p in parameters if p.requires_grad]
+        runs = [self._run(part, source, first, extra, samples) for samples in (SIZES[0], *SIZES)][1:]
+        for parameter in parameters:
+            parameter.grad = None
+        return Cost(
+            weights=sum(p.nbytes for p in parameters),
+            trained=sum(p.nbytes for p in trained),
+            castable=sum(m.weight.nbytes for m in part.modules() if type(m) in (nn.Linear, nn.Conv2d)),
+            saved=Line.through([run[0] for run in runs]),
+            work=Line.through([run[1] for run in runs]),
+            forward=runs[1][2] / SIZES[1],
+            backward=runs[1][3] / SIZES[1],
+        )
+
+    def _run(
+        self, part: nn.Module, source: Geometry, first: bool, extra: Sequence[Geometry], samples: int
+    ) -> tuple[float, float, int, int]:
+        """(saved, work, forward FLOPs, backward FLOPs) of a run on ``samples``, after one that made the gradients."""
+        dtype = torch.float32 if first else self.amp_dtype or torch.float32
+        x = torch.empty(samples, *source.shape, dtype=dtype, requires_grad=not first)
+        beside = [torch.empty(samples, *one.shape, dtype=dtype) for one in extra]
+        with memory.Meter(part, x, *beside) as meter, FlopCounterMode(display=False) as counter:
+            held = meter.live
+            with torch.autocast("cpu", self.amp_dtype, enabled=self.amp_dtype is not None, cache_enabled=False):
+                output = part(x, *beside)
+            output = output[1] if isinstance(output, tuple) else output
+            forward, saved = counter.get_total_flops(), meter.live - held - output.nbytes
+            upstream = torch.empty_like(output)
+            if output.requires_grad:
+                output.backward(upstream)
+            backward = counter.get_total_flops() - forward
+            own = output.nbytes + upstream.nbytes
+        return max(saved, 0), max(meter.peak - held - max(saved, 0) - own, 0), forward, backward
+
+
+class _Heads(nn.Module):
+    """What a local module learns from, as a function of its output, its input and the images."""
+
+    def __init__(self, module: LocalModule, objective: Objective) -> None:
+        super().__init__()
+        self.owned = module.heads
+        self._module = (module,)  # in a tuple, so that the blocks' parameters are not counted
+        self._objective = objective
+
+    def forward(self, h: Tensor, embedded: Tensor, images: Tensor) -> Tensor:
+        (module,) = self._module
+        loss = module.classify(h).float().sum()
+        features = Features(embedded, h, residual=h.float().sum() if module.measure_residual else None)
+        regularizer = self._objective.regularizer(module.decoder, features, images)
+        return loss if regularizer is None else loss + regularizer
+
+
+def structure(part: nn.Module) -> Hashable:
+    """Equal for parts that are made of the same layers, with parameters of the same shapes, whatever drop path's rate."""
+    shift: Any = [getattr(layer, "shift_size", None) for layer in part.modules()]
+    layers = tuple(
+        (name, type(layer), layer.extra_repr()) for name, layer in part.named_modules() if "drop_path" not in name
+    )
+    parameters = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in part.named_parameters())
+    return layers, parameters, str(shift)

@@ -1,0 +1,75 @@
+"""``fastlocal plan``: what it prints fits a terminal, and its command is complete."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import Any
+
+import pytest
+
+from fastlocal.train import cli
+from fastlocal.train.config import TrainConfig
+
+MODEL = ["--model", "test_vit", "--batch-size", "8"]
+
+
+def planned(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, str]:
+    code = cli.main(["plan", *MODEL, *options])
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def config_of(command: str) -> TrainConfig:
+    """What ``fastlocal train`` makes of a command as it is printed."""
+    words = shlex.split(command.replace("\\\n", " "))
+    assert words[:2] == ["fastlocal", "train"]
+    return TrainConfig.of(**cli.options_of(cli.training_parser("fastlocal train", ""), words[2:]))
+
+
+def test_plain_training_is_recommended_where_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = planned(capsys, "--memory", "4GiB", "--model-ema")
+    assert code == 0
+    assert "Plain training fits: use it." in out
+    assert "planning: " in err
+    assert max(map(len, out.splitlines())) <= 80
+    config = config_of(out[out.index("fastlocal train") :])
+    assert (config.model, config.batch_size, config.model_ema, config.amp) == ("test_vit", 8, True, True)
+    assert (config.objective, config.modules, config.micro_batch) == ("end-to-end", 1, 8)
+
+
+def test_the_command_says_what_the_plan_says(capsys: pytest.CaptureFixture[str]) -> None:
+    options = ["--memory", "4MiB", "--reserve", "0MiB", "--objective", "feature", "--opt", "lion", "--json"]
+    code, out, _ = planned(capsys, *options, "--img-size", "64")
+    assert code == 0
+    found = json.loads(out)
+    config, chosen = config_of(found["command"]), found["chosen"]
+    same: dict[str, Any] = {name: getattr(config, name) for name in chosen if hasattr(config, name)}
+    assert same == {name: chosen[name] for name in same}
+    assert {"objective", "micro_batch", "recompute", "residency", "boundaries", "weights"} <= set(same)
+    assert config.modules == tuple(chosen["cuts"])  # one cut is no number of modules
+    assert (config.opt, config.img_size) == ("lion", TrainConfig.of(img_size="64").img_size)
+    assert all(candidate["accuracy"] == "local" for candidate in found["candidates"])
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--memory", "4"], "did you mean 4GiB?"),
+        ([], "--memory is missing"),
+        (["--memory", "4GiB", "--reserve", "much"], "reserve must be a size such as"),
+        (["--memory", "4GiB", "--host-memory", "16"], "did you mean 16GiB?"),
+    ],
+)
+def test_a_mistake_gets_a_sentence(options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = planned(capsys, *options)
+    assert code == 2
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+def test_where_nothing_fits_the_smallest_card_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = planned(capsys, "--memory", "513MiB", "--batch-size", "64")
+    assert code == 2
+    assert "Nothing fits" in out
+    assert "the smallest card that would do has" in " ".join(out.split())
