@@ -7,6 +7,7 @@ import multiprocessing.queues
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ from fastlocal.train.config import UserError, printable
 from fastlocal.train.signals import STOPPED, leave_to_parent
 
 LONGEST_WAIT = 300  # seconds for one batch
+LOOK_EVERY = 5  # seconds, while one is waited for, whether the workers live
 
 
 class WorkersLostError(UserError):
@@ -42,7 +44,7 @@ def read_in_workers(
         collate_fn=collate,
         generator=torch.Generator(),  # else every epoch would draw from the global one
         pin_memory=torch.cuda.is_available(),
-        timeout=LONGEST_WAIT if workers else 0,
+        timeout=LOOK_EVERY if workers else 0,
         worker_init_fn=_begin_worker,
     )
     if not workers:
@@ -58,7 +60,8 @@ def read_in_workers(
             # torch's handler raises wherever the main thread is, in the middle of a step too. That a worker is gone is
             # noticed without it, where its batch is waited for.
             signal.signal(signal.SIGCHLD, on_child)
-        yield from reader
+        while (batch := _next(reader)) is not _END:
+            yield batch
     except (RuntimeError, OSError) as error:
         if str(error).startswith("Caught "):  # raised by the dataset in a worker
             raise
@@ -71,6 +74,19 @@ def read_in_workers(
             reader._shutdown_workers()
         for worker in set(multiprocessing.active_children()) - others:
             worker.kill()  # it ignores the SIGTERM that torch ends stuck workers with
+
+
+_END = object()
+
+
+def _next(reader: Iterator[Any]) -> Any:
+    since = time.monotonic()
+    while True:
+        try:
+            return next(reader, _END)
+        except RuntimeError as error:  # nothing for LOOK_EVERY seconds; the reader can be asked again
+            if "timed out" not in str(error) or time.monotonic() - since > LONGEST_WAIT:
+                raise
 
 
 def _begin_worker(_: int) -> None:

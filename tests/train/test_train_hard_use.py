@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -13,13 +14,15 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from soak import disk
 from soak.compare import assert_same, result
 from soak.kills import TINY
 from soak.processes import Processes
 
 import fastlocal
-from fastlocal.train import checkpoint, loop
+from fastlocal.train import checkpoint, loop, workers
 from fastlocal.train.config import TrainConfig, UserError
+from fastlocal.train.run_folder import RunFolder
 
 Options = Callable[..., dict[str, Any]]
 Command = Callable[..., Any]
@@ -177,3 +180,136 @@ def test_a_signal_to_the_whole_group_saves(number: str, processes: Processes, pi
     assert processes.wait(process) == (130 if number == "SIGINT" else 143)
     assert told.read_text() == ""
     assert checkpoint.load(run / "last.pt")["trainer"]["steps"] > 0
+
+
+class _NoRoom:
+    def __getitem__(self, index: int) -> int:
+        return index
+
+
+class _Unsendable:
+    def __reduce__(self) -> Any:
+        raise OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("trouble", ["killed", "no room", "stuck"])
+def test_workers_that_are_gone_or_stuck_are_noticed(trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def collate(items: list[int]) -> Any:
+        if items[0] == 2:
+            if trouble == "killed":
+                time.sleep(1)  # the batch before is on its way
+                os.kill(os.getpid(), signal.SIGKILL)
+            if trouble == "no room":
+                return _Unsendable()
+            time.sleep(60)
+        return items
+
+    monkeypatch.setattr(workers, "LOOK_EVERY", 1)
+    monkeypatch.setattr(workers, "LONGEST_WAIT", 2 if trouble == "stuck" else 300)
+    batches = workers.read_in_workers(_NoRoom(), [[0, 1], [2, 3]], collate, 1)  # type: ignore[arg-type]
+    assert next(batches) == [0, 1]
+    begun = time.monotonic()
+    with pytest.raises(workers.WorkersLostError, match=r"--workers that read images stopped .*shm"):
+        next(batches)
+    assert time.monotonic() - begun < 60
+
+
+def test_an_image_that_cannot_be_read_any_more_saves_first(cli: Command, pictures: Path) -> None:
+    flags = [*_with_workers(pictures), "--workers", 0, "--recovery-interval", 0]
+    (pictures / "train" / "b" / "3.png").write_bytes((pictures / "train" / "b" / "3.png").read_bytes()[:-3000])
+    told = cli("train", *flags)
+    assert told.code == 2
+    assert "b/3.png" in told.err
+    saved = checkpoint.load(pictures.parent / "run" / "last.pt")["trainer"]["steps"]
+    assert f"--resume {pictures.parent / 'run'}" in told.err
+    assert saved < 4
+
+
+# One owner per folder
+
+
+def test_a_folder_has_one_owner(tiny: Options, processes: Processes, tmp_path: Path) -> None:
+    run, told = loop.run(TrainConfig.of(**tiny(epochs=1))).folder, tmp_path / "stderr"
+    owner = RunFolder(run)
+    with pytest.raises(UserError, match="in use by another run of this process"):
+        RunFolder(run)
+    assert processes.run(["train", "--resume", run], stderr=told) == 2
+    assert "is in use by another process" in told.read_text()
+    owner.close()
+    assert processes.run(["train", "--resume", run]) == 0
+
+
+def test_runs_without_a_name_that_start_at_once_get_folders_of_their_own(processes: Processes, tmp_path: Path) -> None:
+    fixed = "import time; time.strftime = lambda *_: 'now'"
+    command = ["train", *_flags(tmp_path)[:-2]]
+    started = [processes.start(command, code=fixed) for _ in range(3)]
+    assert [processes.wait(process) for process in started] == [0, 0, 0]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [f"now-digits-feature{end}" for end in ("", "-2", "-3")]
+
+
+def test_rows_are_repaired(tiny: Options) -> None:
+    run = loop.run(TrainConfig.of(**tiny(epochs=3))).folder
+    rows = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_bytes(
+        rows[0] + rows[2] + b'[1]\n{"epoch": 2, "to\n' + rows[0] + rows[1].strip() + b"\n\xff"
+    )
+    loop.resume(run)
+    assert (run / "metrics.jsonl").read_bytes().splitlines(keepends=True) == rows
+
+
+# The disk
+
+
+def test_a_disk_that_has_room_again_within_the_minutes_is_no_end(processes: Processes, tmp_path: Path) -> None:
+    run, told = tmp_path / "run", tmp_path / "stdout"
+    patience = "import fastlocal.train.run_folder as f; f.RETRY_EVERY = 0.1; " + disk.LIMIT.format(10**9)
+    flags = [*_flags(tmp_path), "--epochs", 1000, "--recovery-interval", 1]
+    process = processes.start(["train", *flags], code=patience, stdout=told)
+    _wait_for(run / "previous.pt")
+    resource.prlimit(process, resource.RLIMIT_FSIZE, (5000, resource.RLIM_INFINITY))
+    for _ in range(1200):
+        if "trying again for 10 minutes" in told.read_text():
+            break
+        time.sleep(0.05)
+    resource.prlimit(process, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    saved = (run / "last.pt").stat().st_mtime_ns
+    while (run / "last.pt").stat().st_mtime_ns == saved:
+        time.sleep(0.05)
+    os.kill(process, signal.SIGTERM)
+    assert processes.wait(process) == 143
+
+
+def test_a_folder_that_is_gone_is_told(tiny: Options, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def step(self: Any, *arguments: Any, **options: Any) -> Any:
+        if self.steps == 5:
+            (tmp_path / "runs" / "tiny").rename(tmp_path / "elsewhere")
+        return real(self, *arguments, **options)
+
+    real = fastlocal.LocalTrainer.step
+    monkeypatch.setattr(fastlocal.LocalTrainer, "step", step)
+    with pytest.raises(UserError, match="cannot be written: No such file or directory"):
+        loop.run(TrainConfig.of(**tiny(save_retry=0)))
+    assert checkpoint.load(tmp_path / "elsewhere" / "last.pt")["progress"]["epoch"] == 1
+
+
+# Names
+
+
+def test_a_symlinked_checkpoint_is_followed(tiny: Options, tmp_path: Path) -> None:
+    run = loop.run(TrainConfig.of(**tiny(epochs=1))).folder
+    (run / "last.pt").rename(tmp_path / "far.pt")
+    (run / "last.pt").symlink_to(tmp_path / "far.pt")
+    folder = RunFolder(run)
+    folder.commit({"mark": 1})
+    folder.close()
+    assert (run / "last.pt").is_symlink()
+    assert checkpoint.read_tree(tmp_path / "far.pt")["mark"] == 1
+    assert checkpoint.load(run / "previous.pt")["progress"]["epoch"] == 1
+
+
+@pytest.mark.parametrize("name", ["../x", "/x", "a/b", "..", ".x", "a\x1b[31m", "a\nb", "x" * 300])
+def test_an_experiment_is_the_name_of_one_folder(name: str, cli: Command, flags: Any) -> None:
+    told = cli("train", *flags(experiment=name))
+    assert told.code == 2
+    assert "--experiment must be" in told.err
+    assert "\x1b" not in told.err
