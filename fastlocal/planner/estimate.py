@@ -169,10 +169,10 @@ class Cut:
         self, micro_batch: int, recompute: Recompute, residency: Keep, boundaries: Home, weights: Weights
     ) -> float:
         modules = range(len(self.parts))
-        held = list(self._owned)
+        held: list[float] = list(self._owned)
         if weights == "low":
             held = [own - sum(p.castable for p in parts) / 2 for own, parts in zip(held, self.parts, strict=True)]
-        everything = self.extra if residency != "module" else 0
+        everything: float = self.extra if residency != "module" else 0
         everything += {"all": sum(self._owned) + self.states * sum(self._trained), "optimizer": sum(self._owned)}.get(
             residency, 0
         )

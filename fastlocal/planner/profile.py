@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -101,7 +101,7 @@ class Profile:
         about: tuple[str, Sequence[nn.Module]] | None = None,
     ) -> Cost:
         """The cost of ``part`` on inputs of geometry ``source`` and ``extra``, measured if none like it was before."""
-        likewise = about and (about[0], tuple(map(structure, about[1])))
+        likewise = about and (about[0], tuple(structure(one) for one in about[1]))
         key = (self.amp_dtype, source, tuple(extra), first, likewise, structure(part))
         if key not in _known:
             _known[key] = self._measure(part, source, first, extra)
@@ -116,7 +116,7 @@ class Profile:
         return Cost(
             weights=sum(p.nbytes for p in parameters),
             trained=sum(p.nbytes for p in trained),
-            castable=sum(m.weight.nbytes for m in part.modules() if type(m) in (nn.Linear, nn.Conv2d)),
+            castable=sum(cast(Tensor, m.weight).nbytes for m in part.modules() if type(m) in (nn.Linear, nn.Conv2d)),
             saved=Line.through([run[0] for run in runs]),
             work=Line.through([run[1] for run in runs]),
             forward=runs[1][2] / SIZES[1],

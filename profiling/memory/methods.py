@@ -110,7 +110,7 @@ class _AdamW8bit(torch.optim.Optimizer):
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {})
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
             if parameter in self.state:
                 continue
@@ -152,9 +152,9 @@ def lora(model: nn.Module) -> Rival:
         for name, layer in layers.items():
             parent, _, attribute = name.rpartition(".")
             setattr(block.get_submodule(parent), attribute, _LoRA(layer, rank=16))
-    for layer in model.modules():
-        if isinstance(layer, nn.Linear) and layer.out_features == CLASSES:
-            layer.float().requires_grad_()
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and module.out_features == CLASSES:
+            module.float().requires_grad_()
     return plain(model)
 
 
