@@ -7,6 +7,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -258,6 +259,11 @@ def test_rows_are_repaired(tiny: Options) -> None:
 
 
 # The disk
+
+
+def test_a_full_disk_is_told_and_loses_nothing(processes: Processes, tmp_path: Path) -> None:
+    for limit, wrong in islice(disk.trials(processes, tmp_path / "disk", seed=0), 8):
+        assert not wrong, f"{limit} bytes: {wrong}"
 
 
 def test_a_disk_that_has_room_again_within_the_minutes_is_no_end(processes: Processes, tmp_path: Path) -> None:
