@@ -510,7 +510,7 @@ def backward(
     batch, heads, _, head_dim = q.shape
     groups, keys = k.shape[1:3]
     of_heads = torch.empty((2, batch, keys, heads, head_dim), dtype=k.dtype, device=k.device).transpose(2, 3)
-    _backward_of_every_head(d_out, q, k, v, bias, out, statistics, scale, d_q, *of_heads, d_bias)
+    _backward_of_every_head(d_out, q, k, v, bias, out, statistics, scale, d_q, of_heads[0], of_heads[1], d_bias)
     for gradient, parts in zip((d_k, d_v), of_heads, strict=True):
         gradient.copy_(parts.unflatten(1, (groups, -1)).sum(2))
 

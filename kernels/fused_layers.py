@@ -147,7 +147,7 @@ def _pad_first(x: Tensor, window: list[int], shift: list[int]) -> tuple[Tensor, 
 
 
 class ViTAttention(timm_attention.Attention):
-    def forward(self: Layer, x: Tensor, *args: object, **kwargs: object) -> Tensor:
+    def forward(self: Layer, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if _given(args, kwargs):  # a mask
             return super().forward(x, *args, **kwargs)
         q, k, v = _heads(self, x)
@@ -189,14 +189,14 @@ class MaxViTAttention(maxxvit.AttentionCl):
 class EvaAttention(eva.EvaAttention):
     """Rotary position embedding, then attention."""
 
-    def forward(self: Layer, x: Tensor, rope: Tensor | None = None, *args: object, **kwargs: object) -> Tensor:
+    def forward(self: Layer, x: Tensor, rope: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         if _given(args, kwargs):
             return super().forward(x, rope, *args, **kwargs)
         return _rotate_and_attend(self, x, rope)
 
 
 class RopeAttention(timm_attention.AttentionRope):
-    def forward(self: Layer, x: Tensor, rope: Tensor | None = None, *args: object, **kwargs: object) -> Tensor:
+    def forward(self: Layer, x: Tensor, rope: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
         if _given(args, kwargs):
             return super().forward(x, rope, *args, **kwargs)
         return _rotate_and_attend(self, x, rope)

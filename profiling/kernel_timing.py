@@ -86,7 +86,12 @@ def time_kernels(bench: Bench, chosen: Sequence[Workload], path: Path) -> list[d
 
 def _workload_rows(bench: Bench, workload: Workload, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     """Rows of one workload, as they become known; all providers of one direction are timed in turn."""
-    place = {"bench": "kernels", "op": workload.op, "shape": workload.shape, "dtype": str(dtype).removeprefix("torch.")}
+    place: dict[str, Any] = {
+        "bench": "kernels",
+        "op": workload.op,
+        "shape": workload.shape,
+        "dtype": str(dtype).removeprefix("torch."),
+    }
     torch._dynamo.reset()  # each workload's rivals are compiled for its shapes alone
     wrong = check(workload, dtype, bench.device)
     implementation = dispatch.implementation(bench.device)
@@ -116,7 +121,7 @@ def _workload_rows(bench: Bench, workload: Workload, dtype: torch.dtype) -> Iter
         fastest_rival = min((times[name] for name in times if name != OURS), key=lambda t: t.p50, default=None)
         for name, (p20, p50, p80) in times.items():
             bandwidth = _compulsory_bytes(problem, direction) / (p50 * 1e-3)
-            row = {**place, "provider": name, "error": None, **bench.state()}
+            row: dict[str, Any] = {**place, "provider": name, "error": None, **bench.state()}
             row |= {"p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "gb_per_s": bandwidth / 1e9}
             row |= {"of_copy_bandwidth": bandwidth / bench.copy_bandwidth, "peak_mib": peaks[name] / 2**20}
             if name == OURS and fastest_rival is not None:

@@ -113,18 +113,16 @@ def _check_geometry(name: str, model: nn.Module, image_size: tuple[int, int]) ->
     Raises:
         UserError: the sentence says which arguments to add.
     """
-    model, enlarged = (
-        cast(Any, model),
-        f"or img_size={pretrained_configuration(name)['input_size'][-1]} to enlarge the images",
-    )
-    height, width = model.patch_embed.grid_size
+    made = cast(Any, model)
+    enlarged = f"or img_size={pretrained_configuration(name)['input_size'][-1]} to enlarge the images"
+    height, width = made.patch_embed.grid_size
     fitting = f"patch_size={max(min(image_size) // 8, 1)}"
     problem = (
         f"makes {height} × {width} tokens of images of {pixels(image_size)} pixels" if height * width < 16 else None
     )
     if name.startswith("swin"):
         fitting = f"patch_size={max(min(image_size) // 16, 1)} window_size=4"
-        for stage in model.layers:
+        for stage in made.layers:
             (height, width), window = stage.blocks[0].input_resolution, stage.blocks[0].window_size
             padded = [-(-side // w) * w for side, w in zip((height, width), window, strict=True)]
             if padded[0] * padded[1] > 2 * height * width:

@@ -296,8 +296,8 @@ class TrainConfig:
         at_most=LARGEST_MODEL_ARGUMENT,
     )
     vflip: float = _option(0.0, "share of the training images flipped upside down", _number, at_least=0, at_most=1)
-    scale: tuple[float, ...] = _option((0.08, 1.0), "random crop: smallest and largest share of the image", _range)
-    ratio: tuple[float, ...] = _option((3 / 4, 4 / 3), "random crop: narrowest and widest width/height", _range)
+    scale: tuple[float, float] = _option((0.08, 1.0), "random crop: smallest and largest share of the image", _range)
+    ratio: tuple[float, float] = _option((3 / 4, 4 / 3), "random crop: narrowest and widest width/height", _range)
     color_jitter: float = _option(
         0.0, "brightness, contrast and saturation vary by up to this share", _number, at_least=0
     )
@@ -313,7 +313,7 @@ class TrainConfig:
     cutmix: float = _option(0.0, "cutmix alpha; 0: off", _number, at_least=0, at_most=1000)
 
     # What the model sees. Default: as timm has it for the model. Images that are all of one small size are taken whole.
-    img_size: tuple[int, ...] | None = _option(
+    img_size: tuple[int, int] | None = _option(
         None, "pixels that images are brought to: one side, or height and width", _size
     )
     in_chans: int = _option(3, "1: grey, 3: RGB, 4: RGB and transparency", _whole, at_least=1, at_most=4)
@@ -677,7 +677,7 @@ def _check_yaml(text: str, path: str | Path) -> None:
     depth = 0
     for event in yaml.parse(text, Loader=yaml.SafeLoader):
         if isinstance(event, yaml.AliasEvent):
-            raise UserError(f"--config {path} must not have aliases, got *{printable(event.anchor, 80)}.")
+            raise UserError(f"--config {path} must not have aliases, got *{printable(str(event.anchor), 80)}.")
         depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
         if depth > DEEPEST_FILE:
             raise UserError(f"--config {path} must not be nested more than {DEEPEST_FILE} levels deep.")

@@ -50,6 +50,9 @@ class WithPreprocessing(nn.Module):
     What comes before (reading, resizing, cropping) is what ``config.json`` says and timm's transform does.
     """
 
+    mean: torch.Tensor
+    std: torch.Tensor
+
     def __init__(self, model: nn.Module, preprocessing: Preprocessing) -> None:
         super().__init__()
         self.model = model
@@ -103,7 +106,7 @@ def export(run: Path, target: Path, form: str) -> None:
     if form == "torch-export":
         program = torch.export.export(whole, (example,), dynamic_shapes=dynamic)
         names = {"label_names.json": json.dumps(list(classes))}
-        write_atomically(target, lambda file: torch.export.save(program, file, extra_files=names))  # type: ignore[arg-type]
+        write_atomically(target, lambda file: torch.export.save(program, file, extra_files=names))
         return
     try:
         import onnx
@@ -111,9 +114,9 @@ def export(run: Path, target: Path, form: str) -> None:
     except ImportError as error:
         raise UserError(f"fastlocal export --onnx needs {error.name}: pip install onnx onnxscript.") from None
     options: dict[str, Any] = {"dynamo": True, "input_names": ["images"], "output_names": ["probabilities"]}
-    program = torch.onnx.export(whole, (example,), None, dynamic_shapes=dynamic, verbose=False, **options)
-    assert program is not None
-    content = program.model_proto
+    converted = torch.onnx.export(whole, (example,), None, dynamic_shapes=dynamic, verbose=False, **options)
+    assert converted is not None
+    content = converted.model_proto
     entry = content.metadata_props.add()
     entry.key, entry.value = "label_names", json.dumps(list(classes))
     onnx.checker.check_model(content)

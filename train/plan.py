@@ -31,8 +31,8 @@ def make_plan(config: TrainConfig, objective: str | None) -> Search:
     if config.memory is None:
         raise UserError("--memory is missing: give the card's, such as --memory 4GiB.")
     with torch.device("meta"):
-        designed = tuple(pretrained_configuration(config.model)["input_size"][-2:])
-        model = build_model(config, 1000, config.img_size or designed)
+        height, width = pretrained_configuration(config.model)["input_size"][-2:]
+        model = build_model(config, 1000, config.img_size or (height, width))
     options = unplanned_options(config, build_device(config))
     if config.device == "auto" and not torch.cuda.is_available():
         del options["device"]  # a plan on a machine without a card is for one with a card

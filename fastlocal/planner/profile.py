@@ -101,7 +101,7 @@ class Profile:
         about: tuple[str, Sequence[nn.Module]] | None = None,
     ) -> Cost:
         """The cost of ``part`` on inputs of geometry ``source`` and ``extra``, measured if none like it was before."""
-        likewise = about and (about[0], tuple(structure(one) for one in about[1]))
+        likewise = (about[0], tuple(structure(one) for one in about[1])) if about else None
         key = (self.amp_dtype, source, tuple(extra), first, likewise, structure(part))
         if key not in _known:
             _known[key] = self._measure(part, source, first, extra)

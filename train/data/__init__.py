@@ -80,16 +80,20 @@ def read(config: TrainConfig, source: Mapping[str, Any], saved: Mapping[str, Any
         UserError: the data set is not there (the sentence names the flag to add), has fewer than two classes, or holds what
             cannot be read.
     """
-    designed = tuple(source["input_size"][-2:])
+    height, width = source["input_size"][-2:]
+    designed = (height, width)
     preset = Preprocessing.of(saved["preprocessing"]) if saved is not None else None
     if config.data in ARRAYS:
         size = config.img_size or (preset.image_size if preset else designed)
         training = _limited(read_arrays(config, True, size), config.train_limit, config.in_chans)
         validation = _limited(read_arrays(config, False, size), config.val_limit, config.in_chans)
         classes, notes = tuple(saved["classes"] if saved else training[2]), tuple[str, ...]()
-        own, of_data = tuple(training[0].shape[-2:]), mean_and_std(training[0])
+        of_data: tuple[tuple[float, ...], tuple[float, ...]] | None = mean_and_std(training[0])
+        own = (training[0].shape[-2], training[0].shape[-1])
         settings = preset or Preprocessing.resolve(config, source, config.img_size or own, of_data)
-        splits = [_array_split(config, part, classes, settings, "the images") for part in (training, validation)]
+        splits: list[Split] = [
+            _array_split(config, part, classes, settings, "the images") for part in (training, validation)
+        ]
     else:
         parts = _listings(config)
         parts = tuple(part.checked(config.skip_broken) for part in parts)
@@ -103,7 +107,7 @@ def read(config: TrainConfig, source: Mapping[str, Any], saved: Mapping[str, Any
             raise UserError(f"--data {config.data} no longer holds images of one size, and did when the run began.")
         pixels = [_pixels(part, config.in_chans) for part in parts] if in_memory else None
         of_data = mean_and_std(pixels[0]) if pixels else None
-        own = tuple(pixels[0].shape[-2:]) if pixels else designed
+        own = (pixels[0].shape[-2], pixels[0].shape[-1]) if pixels else designed
         settings = preset or Preprocessing.resolve(config, source, config.img_size or own, of_data)
         splits = []
         for number, (part, what) in enumerate(zip(parts, ("training", "validation"), strict=True)):
@@ -212,7 +216,7 @@ def _reader_listings(config: TrainConfig, what: str, training: bool) -> tuple[Li
 
     def listing(split: str) -> Listing:
         try:
-            options = {"class_map": config.class_map} if config.class_map else {}
+            options: dict[str, Any] = {"class_map": config.class_map} if config.class_map else {}
             reader: Any = (
                 create_dataset("", config.data, **options) if tar else create_dataset(config.data, split=split)
             )

@@ -191,7 +191,9 @@ def list_folder(root: Path, what: str) -> Listing:
         UserError: there is no class, or a class without pictures.
     """
     endings, left_out = picture_endings(), Counter[str]()
-    names, labels, empty = [], [], []
+    names: list[str] = []
+    labels: list[str] = []
+    empty: list[str] = []
     for entry in _entries(root):
         if not entry.is_dir():
             left_out[_ending(entry.name) if _ending(entry.name) not in endings else "beside the class folders"] += 1

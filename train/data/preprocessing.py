@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from PIL import Image
@@ -70,7 +70,8 @@ class Preprocessing:
     @classmethod
     def of(cls, saved: Mapping[str, Any]) -> Preprocessing:
         """From `to_dict`."""
-        return cls(**{name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()})
+        values: dict[str, Any] = {name: tuple(v) if isinstance(v, list) else v for name, v in saved.items()}
+        return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain values."""
@@ -94,7 +95,7 @@ class Preprocessing:
             ratio=config.ratio,
             hflip=0.5 if config.hflip else 0.0,
             vflip=config.vflip,
-            color_jitter=config.color_jitter or None,
+            color_jitter=cast(Any, config.color_jitter or None),  # None, for no jitter, is not in timm's annotation
             auto_augment=config.aa,
             re_prob=config.reprob,
             re_mode=config.remode,

@@ -8,7 +8,7 @@ the epoch reading starts.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,7 +38,7 @@ class MemorySplit:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(self, indices: Sequence[Tensor], epoch: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, indices: Sequence[Tensor], epoch: int | None) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Images [B, C, H, W] uint8 and labels [B] int64, on the CPU, for each tensor of indices.
 
         ``epoch`` seeds the augmentation; None: no augmentation, but the validation transform.
@@ -99,7 +99,7 @@ class FileSplit:
     def __len__(self) -> int:
         return len(self.kept)
 
-    def batches(self, indices: Sequence[Tensor], epoch: int | None) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, indices: Sequence[Tensor], epoch: int | None) -> Generator[tuple[Tensor, Tensor], None, None]:
         """As `MemorySplit.batches`."""
         settings = self.preprocessing
         transform = settings.transform() if epoch is None else settings.training_transform(self.config)
