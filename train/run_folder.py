@@ -6,7 +6,6 @@
 ``best.pt``          the best state so far, written after ``last.pt``; a process that ends in between leaves it to the next
 ``model.safetensors`` its weights as timm loads them (``local-dir:RUN``), likewise
 ``config.json``      what timm reads beside them: architecture, label names, mean, std, crop
-``curves.png``       loss, accuracy and learning rate over the epochs
 ``metrics.jsonl``    one row per epoch, written before ``last.pt``; rows that it does not count yet are written again
 ``config.yaml``      the options
 ==================== ==================================================================================================
