@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test soak test-oldest
+.PHONY: demo test soak test-oldest families
 demo: $(VENV)/.installed
 	$(VENV)/bin/fastlocal train --data digits
 
@@ -32,3 +32,7 @@ $(VENV)/.installed: pyproject.toml
 	$(VENV)/bin/python -m pip install -q --upgrade pip
 	$(VENV)/bin/python -m pip install -q -e '.[test]'
 	touch $@
+
+# Which of timm's models fastlocal sees, each built without memory; an hour. tests/engine/families.csv, docs/families.md.
+families: $(VENV)/.installed
+	$(VENV)/bin/python tests/engine/families.py

@@ -10,13 +10,25 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from fastlocal.backbones import Backbone as Backbone
+    from fastlocal.backbones import register_backbone as register_backbone
     from fastlocal.planner import Plan as Plan
     from fastlocal.planner import plan as plan
     from fastlocal.trainer import LocalTrainer as LocalTrainer
 
 __version__ = "0.1.0"
-_HOMES = {"LocalTrainer": "fastlocal.trainer", "Plan": "fastlocal.planner", "plan": "fastlocal.planner"}
-__all__ = ["LocalTrainer", "Plan", "__version__", "plan"]
+_HOMES = {
+    "Backbone": "fastlocal.backbones",
+    "LocalTrainer": "fastlocal.trainer",
+    "Plan": "fastlocal.planner",
+    "plan": "fastlocal.planner",
+    "register_backbone": "fastlocal.backbones",
+}
+__all__ = ["Backbone", "LocalTrainer", "Plan", "__version__", "plan", "register_backbone"]
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def __getattr__(name: str) -> Any:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastlocal import memory
+from fastlocal.backbones import Backbone
 from fastlocal.geometry import Geometry
 
 
@@ -63,6 +64,15 @@ def check_labels(labels: Tensor, batch: int, classes: int) -> None:
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or high >= classes:
             raise ValueError(f"labels must be from 0 to {classes - 1} for this model, got {low if low < 0 else high}.")
+
+
+def check_batch_norm(backbone: Backbone, micro_batch: int | None, batch: int) -> None:
+    """Raise ValueError if parts of a batch would be normalized each with statistics of its own."""
+    if micro_batch is not None and micro_batch < batch and backbone.batch_norms:
+        raise ValueError(
+            f"micro_batch must be None, or at least the batch of {batch}, for {type(backbone.model).__name__}: its BatchNorm"
+            f" layers normalize over what they are given together, so parts of {micro_batch} would train another model."
+        )
 
 
 def check_fit(what: str, theirs: dict[str, Tensor], ours: dict[str, Tensor]) -> None:

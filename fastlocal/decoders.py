@@ -113,12 +113,13 @@ class MLPDecoder(ProjectionDecoder):
 
 
 class TransformerDecoder(ProjectionDecoder):
-    """One light block of the backbone's own kind (windowed for Swin, global for ViT; MLP ratio 1), LayerNorm, projection."""
+    """One light block of the backbone's own kind (windowed on maps, global on tokens; MLP ratio 1), LayerNorm, projection."""
 
     def __init__(self, source: Geometry, target: Geometry, kind: Kind = "mse", normalize_target: bool = False) -> None:
         super().__init__(source, target, kind, normalize_target)
         heads = max(source.channels // 32, 1) if source.channels % 32 == 0 else 1
-        if source.layout == "NHWC":
+        self.on_maps = source.layout != "tokens"
+        if self.on_maps:
             window = min(source.height, source.width, 7)
             self.block: nn.Module = SwinTransformerBlock(
                 source.channels, (source.height, source.width), num_heads=heads, window_size=window, mlp_ratio=1.0
@@ -128,6 +129,8 @@ class TransformerDecoder(ProjectionDecoder):
         self.norm = nn.LayerNorm(source.channels)
 
     def hidden(self, h: Tensor) -> Tensor:
+        if self.on_maps:
+            return self.norm(self.block(self.source.to_grid(h)))
         return self.norm(self.source.to_grid(self.block(h)))
 
 
@@ -142,7 +145,7 @@ class ConvolutionalDecoder(Decoder):
 
     def __init__(self, source: Geometry, target: Geometry, kind: Kind = "mse", normalize_target: bool = False) -> None:
         super().__init__(source, target, kind, normalize_target)
-        hidden = 12 if target.layout == "NCHW" else target.channels
+        hidden = 12 if target.layout == "image" else target.channels
         self.reduce = nn.Conv2d(source.channels, hidden, 1)
         self.convolution = nn.Conv2d(hidden, hidden, 3, padding=1, bias=False)
         self.norm = nn.GroupNorm(1, hidden)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import get_args
 
@@ -20,6 +20,7 @@ from fastlocal.module import LocalModule
 from fastlocal.objectives import Features, Objective
 from fastlocal.residency import Residency
 
+Loss = Callable[[Tensor, Tensor], Tensor]
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -37,6 +38,7 @@ class StepOptions:
     clip_grad: float | None
     label_smoothing: float
     compile: bool | str
+    loss: Loss | None = None
 
     def __post_init__(self) -> None:
         check_choice("boundaries", self.boundaries, get_args(Home))
@@ -90,6 +92,8 @@ class Engine:
         self.label_smoothing = options.label_smoothing
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
         self._cuda_graphs = options.cuda_graphs
+        self._loss = options.loss
+        self.on_module_end: Callable[[int, LocalModule], None] | None = None
         self._regularizer_weights, self._classification_weights = weights
         self._mean, self._std = normalization
         self._unscaled = False
@@ -136,15 +140,17 @@ class Engine:
     @torch.no_grad()
     def infer(self, k: int, x: Tensor, classify: bool) -> tuple[Tensor, Tensor | None]:
         """Output of module ``k`` on one part without a graph, and its classifier's logits (fp32) if asked for."""
-        with self.autocast():
+        with self.autocast(), self.modules[k].statistics_kept():
             output = self.modules[k](self.enter(k, x)).output
             if self._cuda_graphs:
                 output = output.clone()  # it lies where a CUDA graph writes again when it is next replayed
             return output, self.modules[k].classify(output).float() if classify else None
 
     def criterion(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Cross-entropy, a mean over the part."""
+        """The loss, a mean over the part: cross-entropy, or the user's own."""
         wide = logits if logits.dtype == torch.float64 else logits.float()
+        if self._loss is not None:
+            return self._loss(wide, labels)
         return F.cross_entropy(wide, labels, label_smoothing=self.label_smoothing)
 
     def local_loss(self, k: int, features: Features, image: Tensor | None, labels: Tensor, record: Recorder) -> Tensor:
@@ -154,7 +160,7 @@ class Engine:
             logits = module.classify(features.output)
             regularizer = None
             if module.head is None and self._regularizer_weights[k] != 0:
-                regularizer = self.objective.regularizer(module.decoder, features, image)
+                regularizer = self.objective.regularizer(module.decoder, features, image, labels)
         loss = total = self.criterion(logits, labels)
         if module.head is None:
             total = self._classification_weights[k] * loss
@@ -183,13 +189,21 @@ class Engine:
 
         If the block fails, the gradients are dropped as well, and the module is as it was before.
         """
+        # Exact gradients of a shared parameter add up over the modules that read it, until its owner's turn, the last.
+        sums = {p: p.grad.clone() for module in self.modules for p in module.shared if p.grad is not None}
         with self.residency.on_device(k, upcoming):
             self._prepare_gradients(k)
             try:
                 yield
             except BaseException:
                 self.drop_gradients(k)
+                for parameter in self.modules[k].shared:
+                    parameter.grad = None
+                for parameter, gradient in sums.items():
+                    parameter.grad = gradient
                 raise
+            if self.on_module_end is not None:
+                self.on_module_end(k, self.modules[k])
             if update:
                 self._update(k, record)
             else:

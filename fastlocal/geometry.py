@@ -13,14 +13,14 @@ from torch import Tensor
 class Geometry:
     """The shape of one sample between two blocks.
 
-    ``layout`` is ``"NHWC"`` (Swin), ``"tokens"`` (ViT: ``prefix`` class and register tokens, then height·width patch
-    tokens in row order) or ``"NCHW"`` (the image).
+    ``layout`` is ``"NHWC"`` (Swin) or ``"NCHW"`` (ConvNeXt), ``"tokens"`` (ViT: ``prefix`` class and register tokens, then
+    height·width patch tokens in row order) or ``"image"`` (NCHW as well, and what the network reads).
     """
 
     height: int
     width: int
     channels: int
-    layout: Literal["NHWC", "tokens", "NCHW"]
+    layout: Literal["NHWC", "NCHW", "tokens", "image"]
     prefix: int = 0
 
     @property
@@ -28,7 +28,7 @@ class Geometry:
         """The shape of one sample, without the batch."""
         if self.layout == "NHWC":
             return (self.height, self.width, self.channels)
-        if self.layout == "NCHW":
+        if self.layout in ("NCHW", "image"):
             return (self.channels, self.height, self.width)
         return (self.prefix + self.height * self.width, self.channels)
 
@@ -36,7 +36,7 @@ class Geometry:
         """View ``x`` [B, *shape] as a grid [B, height, width, channels]; prefix tokens are left out, nothing is copied."""
         if self.layout == "NHWC":
             return x
-        if self.layout == "NCHW":
+        if self.layout in ("NCHW", "image"):
             return x.permute(0, 2, 3, 1)
         return x[:, self.prefix :].unflatten(1, (self.height, self.width))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -10,13 +11,15 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastlocal.backbone import Backbone, Block
+from fastlocal.backbones import Backbone, Block
 from fastlocal.checks import check_choice
 from fastlocal.decoders import DECODERS, Decoder, Kind
-from fastlocal.heads import AuxiliaryHead
+from fastlocal.geometry import Geometry
 from fastlocal.objectives import Features, Objective
 
 Recompute = Literal["none", "block"]
+MakeDecoder = Callable[[Geometry, Geometry, Kind, bool], Decoder]
+MakeHead = Callable[[Geometry, int], nn.Module]
 
 
 @dataclass(frozen=True)
@@ -27,14 +30,16 @@ class ModuleOptions:
         ValueError: a value is none of what `fastlocal.LocalTrainer` accepts.
     """
 
-    decoder: str
+    decoder: str | MakeDecoder
+    head: MakeHead
     reconstruction: Kind
     normalize_target: bool
     lookahead: int
     recompute: Recompute
 
     def __post_init__(self) -> None:
-        check_choice("decoder", self.decoder, list(DECODERS))
+        if isinstance(self.decoder, str):
+            check_choice("decoder", self.decoder, list(DECODERS))
         check_choice("recompute", self.recompute, get_args(Recompute))
         if self.lookahead < 0:
             raise ValueError(f"lookahead must be at least 0, got {self.lookahead}.")
@@ -54,6 +59,11 @@ class LocalModule(nn.Module):
         measure_residual: compute `Features.residual`.
         recompute: ``"block"`` keeps the input of each block and recomputes its inside in the backward, in all blocks but
             the last, whose backward comes first and would free nothing.
+
+    Attributes:
+        shared: the parameters that the module's own parts of the backbone read and an earlier module owns, such as a position
+            bias of all blocks.
+        borrowed: all that the module reads and another one owns: `shared`, and the blocks that it looks ahead through.
     """
 
     def __init__(
@@ -61,7 +71,7 @@ class LocalModule(nn.Module):
         backbone: Backbone,
         span: range,
         *,
-        auxiliary: AuxiliaryHead | None = None,
+        auxiliary: nn.Module | None = None,
         decoder: Decoder | None = None,
         lookahead: int = 0,
         measure_residual: bool = False,
@@ -76,13 +86,19 @@ class LocalModule(nn.Module):
         self.decoder = decoder
         # In a tuple, so that their parameters are not counted as this module's own.
         self.lookahead: tuple[Block, ...] = backbone.blocks[span.stop : span.stop + lookahead]
+        own = set(self.parameters())
+        parts = [part for part in (self.stem, *backbone.blocks[span.start : span.stop], self.head) if part is not None]
+        self.shared = tuple(dict.fromkeys(p for part in parts for p in part.borrowed if p not in own))
+        ahead = [p for block in self.lookahead for p in (*block.parameters(), *block.borrowed)]
+        self.borrowed = tuple(dict.fromkeys(p for p in (*self.shared, *ahead) if p not in own))
+        self.batch_norms = tuple(norm for norm in backbone.batch_norms if norm.track_running_stats)
         self.measure_residual = measure_residual
         self.recompute = recompute
 
     @property
     def reads_image(self) -> bool:
         """Whether the module's loss needs the images."""
-        return self.decoder is not None and self.decoder.target.layout == "NCHW"
+        return self.decoder is not None and self.decoder.target.layout == "image"
 
     @property
     def heads(self) -> nn.ModuleDict:
@@ -90,13 +106,30 @@ class LocalModule(nn.Module):
         heads = {"auxiliary": self.auxiliary, "decoder": self.decoder}
         return nn.ModuleDict({name: head for name, head in heads.items() if head is not None})
 
+    @contextlib.contextmanager
+    def statistics_kept(self) -> Iterator[None]:
+        """What runs in this block is run again, or was: BatchNorm leaves its running statistics alone."""
+        held = [(norm, norm.momentum, norm.num_batches_tracked) for norm in self.batch_norms]
+        for norm, _, _ in held:
+            norm.momentum, norm.num_batches_tracked = 0.0, None
+        try:
+            yield
+        finally:
+            for norm, momentum, count in held:
+                norm.momentum, norm.num_batches_tracked = momentum, count
+
+    def _twice(self) -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
+        """Contexts of a block's forward and of its recomputation."""
+        return contextlib.nullcontext(), self.statistics_kept()
+
     def forward(self, x: Tensor) -> Features:
         """Run stem (in module 1) and blocks on ``x``, images or the previous module's output."""
         embedded = x if self.stem is None else self.stem(x)
         h, residual = embedded, None
         for block in self.blocks:
             if self.recompute == "block" and torch.is_grad_enabled() and block is not self.blocks[-1]:
-                h, moved = checkpoint(self._run, block, h, use_reentrant=False)
+                contexts = {"context_fn": self._twice} if self.batch_norms else {}
+                h, moved = checkpoint(self._run, block, h, use_reentrant=False, **contexts)
             else:
                 h, moved = self._run(block, h)
             if moved is not None:
@@ -116,7 +149,8 @@ class LocalModule(nn.Module):
         if self.head is not None:
             return self.head(h)
         assert self.auxiliary is not None
-        with torch.set_grad_enabled(train_lookahead and torch.is_grad_enabled()):
+        ahead = torch.set_grad_enabled(train_lookahead and torch.is_grad_enabled())
+        with ahead, self.statistics_kept() if self.lookahead else contextlib.nullcontext():
             for block in self.lookahead:
                 _, h = block(h)
         return self.auxiliary(h)
@@ -129,14 +163,21 @@ def build_modules(
     modules = []
     for span, following in zip(spans, [*spans[1:], None], strict=True):
         local = following is not None and not objective.exact
+        if local and objective.measures_residual and not all(backbone.keeps_shape[i] for i in span):
+            changing = next(i for i in span if not backbone.keeps_shape[i])
+            raise ValueError(
+                f"objective={objective.name!r} measures the residual of each block, and block {changing} of"
+                f" {type(backbone.model).__name__} returns another shape than it reads; choose another objective."
+            )
         lookahead = min(options.lookahead, len(following)) if local and following is not None else 0
         auxiliary = decoder = None
         if local:
-            auxiliary = AuxiliaryHead(backbone.boundaries[span.stop + lookahead], classes)
+            auxiliary = options.head(backbone.boundaries[span.stop + lookahead], classes)
             target = objective.target(span.start == 0, backbone.image, backbone.boundaries[span.start])
             if target is not None:
                 source = backbone.boundaries[span.stop]
-                decoder = DECODERS[options.decoder](source, target, options.reconstruction, options.normalize_target)
+                make = DECODERS[options.decoder] if isinstance(options.decoder, str) else options.decoder
+                decoder = make(source, target, options.reconstruction, options.normalize_target)
         modules.append(
             LocalModule(
                 backbone,

@@ -58,8 +58,15 @@ class Objective:
         """
         return None
 
-    def regularizer(self, decoder: Decoder | None, features: Features, images: Tensor | None) -> Tensor | None:
-        """The term beside the cross-entropy (fp32 scalar, a mean over samples), or None."""
+    def regularizer(
+        self, decoder: Decoder | None, features: Features, images: Tensor | None, labels: Tensor
+    ) -> Tensor | None:
+        """The term beside the cross-entropy (fp32 scalar, a mean over samples), or None.
+
+        Args:
+            images: of the part, where the decoder reconstructs them; else None.
+            labels: of the part.
+        """
         return None
 
 
@@ -78,9 +85,11 @@ class Feature(Objective):
     def target(self, first: bool, image: Geometry, embedded: Geometry) -> Geometry | None:
         return image if first and self.first_target == "image" else embedded
 
-    def regularizer(self, decoder: Decoder | None, features: Features, images: Tensor | None) -> Tensor | None:
+    def regularizer(
+        self, decoder: Decoder | None, features: Features, images: Tensor | None, labels: Tensor
+    ) -> Tensor | None:
         assert decoder is not None
-        if decoder.target.layout == "NCHW":
+        if decoder.target.layout == "image":
             assert images is not None
             return decoder.loss(features.output, images)
         return decoder.loss(features.output, features.embedded.detach())
@@ -117,7 +126,9 @@ class Transport(Objective):
     def default_weights(self, modules: int) -> tuple[Weights, Weights]:
         return (0.01,) * (modules - 1), (1.0,) * (modules - 1)
 
-    def regularizer(self, decoder: Decoder | None, features: Features, images: Tensor | None) -> Tensor | None:
+    def regularizer(
+        self, decoder: Decoder | None, features: Features, images: Tensor | None, labels: Tensor
+    ) -> Tensor | None:
         return features.residual
 
 

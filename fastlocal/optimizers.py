@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from timm.optim import param_groups_weight_decay
@@ -25,7 +25,7 @@ def make_optimizers(
     """The parameters that each of ``modules`` trains, in the model's order, and an optimizer for them.
 
     Args:
-        model: the whole timm model, which says what is free of weight decay.
+        model: the whole model, which says what is free of weight decay.
         make: called once per module with at most two parameter groups, the second without weight decay.
 
     Returns:
@@ -35,7 +35,7 @@ def make_optimizers(
         ValueError: two modules share a parameter.
     """
     # timm decides what is free of weight decay from names, so it must see whole-model names, not a module's.
-    whole = cast(Any, model).no_weight_decay()
+    whole = getattr(model, "no_weight_decay", set)()
     groups = param_groups_weight_decay(model, 1.0, no_weight_decay_list=whole)
     for module in modules:
         groups += param_groups_weight_decay(module.heads, 1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import pairwise
 
-from fastlocal.backbone import Backbone
+from fastlocal.backbones import Backbone
 
 
 def partition(backbone: Backbone, modules: int | str | Sequence[int]) -> tuple[range, ...]:

@@ -85,7 +85,7 @@ class Residency:
         slab_of = self._lay_out(modules)
         self._hosted = [HostedOptimizer(o, slab_of, bus) if o is not None else None for o in optimizers]
         for module in modules:
-            needed = (slab_of[p] for p in _parameters(module))
+            needed = (slab_of[p] for p in (*module.parameters(), *module.borrowed))
             self._needed.append(list(dict.fromkeys(needed)))
         if options.keep == "module":
             for slab in self._slabs:
@@ -165,7 +165,7 @@ class Residency:
 
     def _lay_out(self, modules: Sequence[LocalModule]) -> dict[nn.Parameter, Slab]:
         """The slab of each parameter: a module's own, and apart from them those that the module before it borrows."""
-        borrowed = {p for module in modules for block in module.lookahead for p in block.parameters()}
+        borrowed = {p for module in modules for p in module.borrowed}
         low = set(_castable(modules)) if self.options.weights == "low" else set()
         slab_of: dict[nn.Parameter, Slab] = {}
         for module in modules:
@@ -218,13 +218,6 @@ def _cast(slab: Slab) -> None:
     slab.versions = {parameter: parameter._version for parameter in slab.offsets}
     if slab.low is not None and slab.home is not None:
         slab.low.copy_(slab.home[: slab.low_size])
-
-
-def _parameters(module: LocalModule) -> Iterator[nn.Parameter]:
-    """What ``module`` reads: its own parameters, and those of the blocks that it looks ahead through."""
-    yield from module.parameters()
-    for block in module.lookahead:
-        yield from block.parameters()
 
 
 def _castable(modules: Sequence[LocalModule]) -> Iterator[nn.Parameter]:

@@ -8,24 +8,25 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
 
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
 from fastlocal import memory
-from fastlocal.backbone import backbone
+from fastlocal.backbones import Backbone, backbone
 from fastlocal.boundary import Home
 from fastlocal.bus import Bus
-from fastlocal.checks import check_autocast, check_choice, check_fit, check_images, check_labels
+from fastlocal.checks import check_autocast, check_batch_norm, check_choice, check_fit, check_images, check_labels
 from fastlocal.decoders import Kind
-from fastlocal.engine import Engine, StepOptions, is_out_of_memory
+from fastlocal.engine import Engine, Loss, StepOptions, is_out_of_memory
+from fastlocal.heads import AuxiliaryHead
 from fastlocal.kernels import accelerate, dispatch, use_kernels
 from fastlocal.kernels.dispatch import CHOICES, Choice
 from fastlocal.metrics import Recorder, StepMetrics
-from fastlocal.module import ModuleOptions, Recompute, build_modules
+from fastlocal.module import LocalModule, MakeDecoder, MakeHead, ModuleOptions, Recompute, build_modules
 from fastlocal.objectives import OBJECTIVES, Objective, loss_weights
 from fastlocal.optimizers import Make, adamw, make_optimizers
 from fastlocal.partition import partition
@@ -39,14 +40,20 @@ class LocalTrainer:
     """Trains a timm vision transformer in place, one module at a time.
 
     Args:
-        model: a timm model (swin_*, swinv2_*, vit_*, deit*, beit*, eva02_*). It stays an ordinary timm model.
+        model: a transformer of timm, torchvision or Hugging Face that fastlocal knows, or a `fastlocal.Backbone` of any
+            other. It stays the model that it is.
         modules: K, ``"stages"`` or cut points; see `fastlocal.partition.partition`.
-        objective: ``"feature"``, ``"image"``, ``"cross-entropy"``, ``"transport"`` or ``"end-to-end"``; see
+        objective: ``"feature"``, ``"image"``, ``"cross-entropy"``, ``"transport"``, ``"end-to-end"`` or an `Objective`; see
             `fastlocal.objectives`.
-        decoder: ``"linear"``, ``"mlp"``, ``"conv"`` or ``"transformer"``; see `fastlocal.decoders`.
+        decoder: ``"linear"``, ``"mlp"``, ``"conv"`` or ``"transformer"``; see `fastlocal.decoders`; or what makes one from
+            (source, target, reconstruction, normalize_target).
+        head: makes the auxiliary head of a local module from the geometry of what it reads and the number of classes.
+        loss: (logits fp32, labels) → mean over the part, for every head instead of the cross-entropy. Labels are then what it
+            takes, one entry per image, and `StepMetrics.correct` stays 0.
         optimizer: called once per module with its parameter groups (weights, and those that timm keeps free of weight
             decay: biases, norms and the model's ``no_weight_decay()``). Default: AdamW, lr 5e-4, weight decay 0.05.
-        micro_batch: samples in a part. Gradients are those of the whole batch. None: the whole batch at once.
+        micro_batch: samples in a part. Gradients are those of the whole batch, so a model with BatchNorm, whose output
+            depends on the part, is refused. None: the whole batch at once.
         recompute: ``"block"`` recomputes the inside of each block in the backward, ``"none"`` keeps it.
         residency: ``"all"``, ``"optimizer"`` or ``"module"``: what of the idle modules stays on the device; see
             `fastlocal.residency`.
@@ -85,11 +92,13 @@ class LocalTrainer:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module | Backbone,
         *,
         modules: int | str | Sequence[int] = 4,
-        objective: str = "feature",
-        decoder: str = "linear",
+        objective: str | Objective = "feature",
+        decoder: str | MakeDecoder = "linear",
+        head: MakeHead = AuxiliaryHead,
+        loss: Loss | None = None,
         optimizer: Make | None = None,
         micro_batch: int | None = None,
         recompute: Recompute = "none",
@@ -112,37 +121,46 @@ class LocalTrainer:
         lookahead: int = 0,
         compile: bool | str = False,
     ) -> None:
-        check_choice("objective", objective, list(OBJECTIVES))
+        if isinstance(objective, str):
+            check_choice("objective", objective, list(OBJECTIVES))
         check_choice("kernels", kernels, CHOICES)
         check_choice("first_target", first_target, ("image", "patch"))
-        stepping = StepOptions(micro_batch, boundaries, amp_dtype, clip_grad, label_smoothing, compile)
-        made_of = ModuleOptions(decoder, reconstruction, normalize_target, lookahead, recompute)
+        stepping = StepOptions(micro_batch, boundaries, amp_dtype, clip_grad, label_smoothing, compile, loss)
+        made_of = ModuleOptions(decoder, head, reconstruction, normalize_target, lookahead, recompute)
         staying = ResidencyOptions(residency, weights, prefetch, amp_dtype)
         if stepping.cuda_graphs and residency == "module":
             raise ValueError(
                 f"compile={compile!r} replays CUDA graphs, whose parameters cannot move, so residency must be 'all' or"
                 " 'optimizer', got 'module'."
             )
+        self.backbone = backbone(model)
+        self.model = model = self.backbone.model
+        if compile and recompute == "block" and self.backbone.batch_norms:
+            raise ValueError(
+                f"recompute='block' would update the BatchNorm statistics of {type(model).__name__} twice under compile; use"
+                " recompute='none' or compile=False."
+            )
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
         check_autocast(amp_dtype, self.device)
 
-        self.model = model
-        self.backbone = backbone(model)
-        self.classes = cast(int, model.num_classes)
-        if self.classes < 2:
+        self.classes = self.backbone.logits[-1]
+        if getattr(model, "num_classes", self.classes) < 2 and loss is None:
             raise ValueError(
-                f"model has num_classes={self.classes}, with which there is nothing to tell apart; build it with at least 2."
+                f"model has num_classes={model.num_classes}, with which there is nothing to tell apart; build it with at least"
+                " 2."
             )
         if not any(parameter.requires_grad for parameter in model.parameters()):
             raise ValueError("model: every parameter is frozen (requires_grad=False), so there is nothing to train.")
         self.spans = partition(self.backbone, modules)
-        self.objective: Objective = OBJECTIVES[objective](first_target)
+        self.objective = OBJECTIVES[objective](first_target) if isinstance(objective, str) else objective
         self.kernels: Choice = kernels
+        self.loss = loss
+        self.on_step_end: Callable[[StepMetrics], None] | None = None
         self.steps = 0
-        mean, std = _mean_std(normalize, model, self.backbone.image.channels)
-        loss = loss_weights(self.objective, len(self.spans), regularizer_weight, classification_weight)
+        mean, std = _mean_std(normalize or self.backbone.normalization, model, self.backbone.image.channels)
+        shares = loss_weights(self.objective, len(self.spans), regularizer_weight, classification_weight)
 
         # The average is copied first: it shares neither fused attention nor host memory with the model.
         self.ema = _average(model, ema_decay, self.device, residency) if ema_decay is not None else None
@@ -166,7 +184,7 @@ class LocalTrainer:
             self.objective,
             trained=trained,
             optimizers=optimizers,
-            weights=loss,
+            weights=shares,
             normalization=(mean.to(self.device), std.to(self.device)),
             residency=self.residency,
             bus=bus,
@@ -177,6 +195,18 @@ class LocalTrainer:
                 module.compile(mode=compile if isinstance(compile, str) else None)
 
     # The public face
+
+    @property
+    def on_module_end(self) -> Callable[[int, LocalModule], None] | None:
+        """Called with each module's index and itself when its gradients are there, before it is updated; None for nobody.
+
+        `on_step_end`, an attribute as well, is called with the metrics of each step.
+        """
+        return self.engine.on_module_end
+
+    @on_module_end.setter
+    def on_module_end(self, callback: Callable[[int, LocalModule], None] | None) -> None:
+        self.engine.on_module_end = callback
 
     @property
     def exit_names(self) -> list[str]:
@@ -198,12 +228,16 @@ class LocalTrainer:
                 synchronization: on CPU tensors) a pixel is NaN or infinite.
         """
         check_images(images, self.backbone.image)
-        check_labels(labels, len(images), self.classes)
+        if self.loss is None:
+            check_labels(labels, len(images), self.classes)
+        elif len(labels) != len(images):
+            raise ValueError(f"labels must be {len(images)}, one for each image, got {len(labels)}.")
+        check_batch_norm(self.backbone, self.micro_batch, len(images))
         if not self.model.training:
             self.model.train()
         for module in self.modules:
             module.train()
-        record = Recorder(len(images), self._exits, len(self.modules), self.device)
+        record = Recorder(len(images), self._exits, len(self.modules), self.device, counts=self.loss is None)
         step = None
         try:
             while True:
@@ -215,7 +249,8 @@ class LocalTrainer:
                         step.run()
                     break
                 except Exception as error:
-                    if not is_out_of_memory(error) or (self.micro_batch or len(images)) == 1:
+                    whole = (self.micro_batch or len(images)) == 1 or self.backbone.batch_norms
+                    if not is_out_of_memory(error) or whole:
                         raise
                 self._halve_parts(len(images))
         finally:
@@ -223,7 +258,10 @@ class LocalTrainer:
         self.steps += 1
         if self.ema is not None:
             self.ema.update(self.model, step=self.steps)
-        return record.metrics()
+        metrics = record.metrics()
+        if self.on_step_end is not None:
+            self.on_step_end(metrics)
+        return metrics
 
     @torch.no_grad()
     def predict(self, images: Tensor, *, ema: bool = False) -> Tensor:

@@ -223,7 +223,7 @@ def caps(output: Path, budget: float | None) -> int:
 
 def train(output: Path, budget: float | None) -> int:
     """Short real trainings: digits, local and exact, through ``fastlocal train``'s own loop."""
-    missing = [name for name in ("sklearn", "yaml", "safetensors", "rich") if importlib.util.find_spec(name) is None]
+    missing = [name for name in ("timm", "yaml", "safetensors", "rich") if importlib.util.find_spec(name) is None]
     if missing:
         print(f"Missing: training needs {', '.join(missing)}, which this machine does not have.")
         return 0

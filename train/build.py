@@ -13,7 +13,7 @@ from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
 
 import fastlocal
-from fastlocal.backbone import backbone
+from fastlocal.backbones import backbone
 from fastlocal.kernels.dispatch import why_not_triton
 from fastlocal.train.config import GEOMETRY, TrainConfig, UserError, nearest
 
@@ -87,7 +87,7 @@ def build_model(
         arguments["pretrained"] = True
     arguments |= weights or {}
     try:
-        model = timm.create_model(config.model, num_classes=classes, **arguments)
+        model = _create(config.model, classes, arguments)
     except Exception as error:  # timm checks its arguments with whatever the layers raise
         backbone(timm.create_model(config.model))  # an unsupported architecture is the better explanation
         given = " ".join(f"{name}={value}" for name, value in arguments.items() if name != "pretrained_cfg_overlay")
@@ -95,13 +95,14 @@ def build_model(
             f"--model {config.model} cannot be built with {given}: {' '.join(str(error).split()).rstrip('.')}."
         ) from None
     cast(Any, model).pretrained_cfg.pop("state_dict", None)  # weights that were loaded would be kept twice
-    backbone(model)  # refuses an unsupported architecture
-    patch = cast(Any, model).patch_embed.patch_size
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
+    patch = (patch, patch) if isinstance(patch, int) else patch
     if any(side % step for side, step in zip(image_size, patch, strict=True)):
         raise UserError(
             f"--model {config.model} does not fit images of {pixels(image_size)} pixels, which is no multiple of its patch"
             f" size, {max(patch)}; change either with --img-size or --model-kwargs patch_size=…."
         )
+    backbone(model)  # refuses an unsupported architecture
     if not config.model_kwargs.keys() & GEOMETRY and config.img_size is None:
         _check_geometry(config.model, model, image_size)
     return model
@@ -115,14 +116,17 @@ def _check_geometry(name: str, model: nn.Module, image_size: tuple[int, int]) ->
     """
     made = cast(Any, model)
     enlarged = f"or img_size={pretrained_configuration(name)['input_size'][-1]} to enlarge the images"
-    height, width = made.patch_embed.grid_size
+    grid = getattr(getattr(made, "patch_embed", None), "grid_size", None)
+    if grid is None:
+        return
+    height, width = grid
     fitting = f"patch_size={max(min(image_size) // 8, 1)}"
     problem = (
         f"makes {height} × {width} tokens of images of {pixels(image_size)} pixels" if height * width < 16 else None
     )
     if name.startswith("swin"):
         fitting = f"patch_size={max(min(image_size) // 16, 1)} window_size=4"
-        for stage in made.layers:
+        for stage in getattr(made, "layers", ()):
             (height, width), window = stage.blocks[0].input_resolution, stage.blocks[0].window_size
             padded = [-(-side // w) * w for side, w in zip((height, width), window, strict=True)]
             if padded[0] * padded[1] > 2 * height * width:
@@ -144,6 +148,22 @@ def input_arguments(config: TrainConfig, image_size: tuple[int, int]) -> dict[st
 def pixels(image_size: tuple[int, int]) -> str:
     """``224`` or ``192×256``."""
     return str(image_size[0]) if image_size[0] == image_size[1] else "×".join(map(str, image_size))
+
+
+def _create(name: str, classes: int, arguments: dict[str, Any]) -> nn.Module:
+    """The timm model, which says where the engine looks how large images will be; some take any and know no ``img_size``."""
+    try:
+        model = timm.create_model(name, num_classes=classes, **arguments)
+    except TypeError as error:
+        if "'img_size'" not in str(error):
+            raise
+        without = {key: value for key, value in arguments.items() if key != "img_size"}
+        model = timm.create_model(name, num_classes=classes, **without)
+    size = arguments["img_size"]
+    height, width = (size, size) if isinstance(size, int) else size
+    channels = arguments.get("in_chans", 3)
+    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (channels, height, width)}
+    return model
 
 
 def build_trainer(

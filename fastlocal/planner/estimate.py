@@ -102,6 +102,7 @@ class Cut:
         extra: int,
         foreach: bool,
     ) -> None:
+        self.needs_whole_batch = any(module.batch_norms for module in modules)
         self.profile, self.objective, self.batch_size = profile, objective, batch_size
         self.spans = [module.span for module in modules]
         self.states, self.extra, self.foreach = states, extra, foreach

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastlocal import memory
-from fastlocal.backbone import Backbone
+from fastlocal.backbones import Backbone, Part
 from fastlocal.geometry import Geometry
 from fastlocal.module import LocalModule
 from fastlocal.objectives import Features, Objective
@@ -157,12 +157,15 @@ class _Heads(nn.Module):
         (module,) = self._module
         loss = module.classify(h).float().sum()
         features = Features(embedded, h, residual=h.float().sum() if module.measure_residual else None)
-        regularizer = self._objective.regularizer(module.decoder, features, images)
+        regularizer = self._objective.regularizer(
+            module.decoder, features, images, torch.zeros(len(h), dtype=torch.int64)
+        )
         return loss if regularizer is None else loss + regularizer
 
 
 def structure(part: nn.Module) -> Hashable:
     """Equal for parts that are made of the same layers, with parameters of the same shapes, whatever drop path's rate."""
+    part = part.code if isinstance(part, Part) else part
     shift: Any = [getattr(layer, "shift_size", None) for layer in part.modules()]
     layers = tuple(
         (name, type(layer), layer.extra_repr()) for name, layer in part.named_modules() if "drop_path" not in name

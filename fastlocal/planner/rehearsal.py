@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlocal import memory
-from fastlocal.backbone import backbone
+from fastlocal.backbones import backbone
 from fastlocal.kernels import accelerate, dispatch, use_kernels
 from fastlocal.planner.estimate import Plan
 from fastlocal.planner.profile import structure

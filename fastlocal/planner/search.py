@@ -11,8 +11,9 @@ import torch
 from torch import nn
 
 from fastlocal import memory as dry
-from fastlocal.backbone import backbone
+from fastlocal.backbones import backbone
 from fastlocal.boundary import Home
+from fastlocal.heads import AuxiliaryHead
 from fastlocal.module import ModuleOptions, Recompute, build_modules
 from fastlocal.objectives import OBJECTIVES
 from fastlocal.optimizers import adamw
@@ -229,6 +230,7 @@ def _cuts(
     profile = Profile(view, amp_dtype, say)
     made_of = ModuleOptions(
         options.get("decoder", "linear"),
+        options.get("head", AuxiliaryHead),
         options.get("reconstruction", "mse"),
         options.get("normalize_target", False),
         options.get("lookahead", 0),
@@ -243,7 +245,7 @@ def _cuts(
         target = OBJECTIVES[name](options.get("first_target", "image"))
         for count in _module_counts(len(view.blocks), target.exact):
             spans = partition(view, count)
-            modules = build_modules(view, spans, copied.num_classes, target, made_of)  # type: ignore[arg-type]
+            modules = build_modules(view, spans, view.logits[-1], target, made_of)
             yield Cut(profile, target, modules, batch_size, states, extra, foreach)
 
 
@@ -266,7 +268,7 @@ def _module_counts(blocks: int, exact: bool) -> list[int]:
 def _ways(cut: Cut, card: Card, options: dict[str, Any]) -> Iterator[Plan]:
     """All ways to train ``cut``."""
     sizes = [cut.batch_size]
-    while sizes[-1] > 1:
+    while sizes[-1] > 1 and not cut.needs_whole_batch:  # BatchNorm needs the batch whole
         sizes.append(-(-sizes[-1] // 2))
     for recompute, residency, boundaries, weights in product(*map(get_args, (Recompute, Keep, Home, Weights))):
         if weights == "low" and (residency != "module" or options["amp_dtype"] is None):

@@ -61,6 +61,8 @@ class LocalStep:
                 if module.head is None:
                     output.write(part, h)
                 del h, image
+            for parameter in module.shared:  # the loss of another module than its owner does not train it
+                parameter.grad = None
         return output
 
     def _train_part(self, k: int, x: Tensor, image: Tensor | None, labels: Tensor) -> Tensor:

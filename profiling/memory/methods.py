@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 from fastlocal import memory
-from fastlocal.backbone import backbone
+from fastlocal.backbones import backbone
 from fastlocal.profiling.memory.setups import CLASSES
 
 

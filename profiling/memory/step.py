@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from fastlocal import LocalTrainer, memory
-from fastlocal.backbone import backbone
+from fastlocal.backbones import backbone
 from fastlocal.memory import HOST, Kind, Meter
 from fastlocal.profiling.cli import UserError
 from fastlocal.profiling.flops import count

@@ -12,9 +12,9 @@ from fastlocal.geometry import Geometry, pad_grid, upsampling
 SHAPES = {
     "swin stage to stage": (Geometry(4, 4, 32, "NHWC"), Geometry(8, 8, 16, "NHWC")),
     "swin odd side": (Geometry(4, 4, 32, "NHWC"), Geometry(7, 7, 16, "NHWC")),
-    "swin to image": (Geometry(4, 4, 32, "NHWC"), Geometry(32, 32, 3, "NCHW")),
+    "swin to image": (Geometry(4, 4, 32, "NHWC"), Geometry(32, 32, 3, "image")),
     "vit to vit": (Geometry(3, 5, 32, "tokens", prefix=1), Geometry(3, 5, 32, "tokens", prefix=1)),
-    "vit to image": (Geometry(3, 3, 32, "tokens", prefix=5), Geometry(24, 24, 3, "NCHW")),
+    "vit to image": (Geometry(3, 3, 32, "tokens", prefix=5), Geometry(24, 24, 3, "image")),
 }
 
 

@@ -9,7 +9,7 @@ import timm
 import torch
 from torch import nn
 
-from fastlocal.backbone import backbone
+from fastlocal.backbones import backbone
 from fastlocal.partition import partition
 
 

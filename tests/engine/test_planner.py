@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fastlocal
 from fastlocal import memory
-from fastlocal.backbone import backbone
+from fastlocal.backbones import backbone
 from fastlocal.objectives import OBJECTIVES
 from fastlocal.partition import partition
 from fastlocal.planner import DoesNotFit, Plan, format_bytes, parse_bytes, search

@@ -45,7 +45,7 @@ def _assert_told(outcome: Any, *parts: str) -> None:
         (("train", "--model", "swin_tinny_patch4_window7_224"), ("did you mean 'swin_tiny_patch4_window7_224'?",)),
         (("train", "--opt", "adamm", *VIT), ("--opt 'adamm' is not known to timm", "did you mean")),
         (("train", "--device", "gpu", *VIT), ("--device gpu cannot be used",)),
-        (("train", "--model", "resnet50"), ("ResNet is not supported", "swin_*, swinv2_*, vit_*")),
+        (("train", "--model", "resnet50"), ("ResNet is not supported", "give a fastlocal.Backbone")),
         (
             ("train", "--model", "vit_tiny_patch16_224", "--model-kwargs", "dpth=3"),
             ("'dpth' is no argument", "did you mean 'depth'?"),

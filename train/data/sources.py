@@ -1,8 +1,9 @@
-"""Data sets that come as arrays: the digits that scikit-learn brings along, noise, and what torchvision reads."""
+"""Data sets that come as arrays: the digits that come along, noise, and what torchvision reads."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -28,17 +29,11 @@ def read_arrays(config: TrainConfig, training: bool, size: tuple[int, int]) -> A
 
 
 def _digits(training: bool) -> Arrays:
-    """scikit-learn's 1,797 real 8×8 digits: 1,437 to train on, 360 to validate, the same share of each class."""
-    from sklearn.datasets import load_digits
-    from sklearn.model_selection import train_test_split
-
-    digits = load_digits()
-    train, validation = train_test_split(
-        np.arange(len(digits.target)), test_size=360, random_state=0, stratify=digits.target
-    )
-    kept = train if training else validation
-    grey = torch.from_numpy(digits.images[kept]).mul(255 / 16).round().to(torch.uint8)
-    labels = torch.from_numpy(digits.target[kept]).long()
+    """1,797 real 8×8 digits (digits.LICENCE says whose): 1,437 to train on, 360 to validate, the same share of each class."""
+    with np.load(Path(__file__).with_name("digits.npz")) as digits:
+        kept = slice(1437) if training else slice(1437, None)
+        grey = torch.from_numpy(digits["images"][kept]).mul(255 / 16).round().to(torch.uint8)
+        labels = torch.from_numpy(digits["labels"][kept]).long()
     return _three_channels(grey), labels, [str(digit) for digit in range(10)]
 
 
