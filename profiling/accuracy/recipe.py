@@ -64,7 +64,8 @@ def lasting(options: Options) -> dict[str, Any]:
     """Those of ``options`` that the result hangs on. The data are told by the task: a path is another on every machine."""
     from fastlocal.train.loop import RESUMABLE
 
-    return {name: value for name, value in options.items() if name not in {"output", "experiment", "data", *RESUMABLE}}
+    passing = {"output", "experiment"} | RESUMABLE - {"epochs"}
+    return {name: value for name, value in options.items() if name not in passing}
 
 
 def names() -> list[str]:

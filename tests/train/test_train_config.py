@@ -162,7 +162,8 @@ def test_a_model_made_for_large_images_is_fitted_to_small_ones(data: str) -> Non
     assert swin.model_kwargs == {n: v for n, v in RECIPES[data]["model_kwargs"].items() if n in GEOMETRY}
     assert TrainConfig.of(data=data, model="vit_base_patch16_224").model_kwargs.keys() == {"patch_size"}
     for decided in (
-        {"model_kwargs": {"img_size": 224}},
+        {"img_size": 224},
+        {"model_kwargs": {"patch_size": 1}},
         {"pretrained": True},
         {"initial_checkpoint": "x.safetensors"},
         {"data": "folder:x"},
