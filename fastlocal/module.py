@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -128,7 +128,7 @@ class LocalModule(nn.Module):
         h, residual = embedded, None
         for block in self.blocks:
             if self.recompute == "block" and torch.is_grad_enabled() and block is not self.blocks[-1]:
-                contexts = {"context_fn": self._twice} if self.batch_norms else {}
+                contexts: dict[str, Any] = {"context_fn": self._twice} if self.batch_norms else {}
                 h, moved = checkpoint(self._run, block, h, use_reentrant=False, **contexts)
             else:
                 h, moved = self._run(block, h)

@@ -35,7 +35,7 @@ def make_optimizers(
         ValueError: two modules share a parameter.
     """
     # timm decides what is free of weight decay from names, so it must see whole-model names, not a module's.
-    whole = getattr(model, "no_weight_decay", set)()
+    whole: set[str] = getattr(model, "no_weight_decay", set)()
     groups = param_groups_weight_decay(model, 1.0, no_weight_decay_list=whole)
     for module in modules:
         groups += param_groups_weight_decay(module.heads, 1.0)

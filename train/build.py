@@ -162,7 +162,8 @@ def _create(name: str, classes: int, arguments: dict[str, Any]) -> nn.Module:
     size = arguments["img_size"]
     height, width = (size, size) if isinstance(size, int) else size
     channels = arguments.get("in_chans", 3)
-    model.pretrained_cfg = {**model.pretrained_cfg, "input_size": (channels, height, width)}
+    made = cast(Any, model)
+    made.pretrained_cfg = {**made.pretrained_cfg, "input_size": (channels, height, width)}
     return model
 
 

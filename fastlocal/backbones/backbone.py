@@ -141,7 +141,7 @@ class Backbone:
             stem, blocks, head = model.stem, model.functions, model.head
         self.model = model
         self.stem = Part(stem)
-        self.blocks = tuple(Block(*reversed(b)) if isinstance(b, tuple) else Block(b) for b in blocks)
+        self.blocks = tuple(Block(b[1], b[0]) if isinstance(b, tuple) else Block(b) for b in blocks)
         self.head = Part(head)
         self.stages = tuple(stages)
         self.normalization = normalization
