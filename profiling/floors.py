@@ -1,6 +1,6 @@
 """The least time each fused op can take on a card: bytes, matrix products or exponentials, whichever needs longest.
 
-Computed, not measured, from the cards' data sheets; needs no card.
+Computed, not measured, from round figures of the cards; needs no card.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ TILE = 64  # tokens: rows and columns of a tile of scores
 
 @dataclass(frozen=True)
 class Card:
-    """Per second, from the vendor's data sheet; exponentials: 16 per clock and multiprocessor (CUDA C Programming Guide,
+    """Per second, round figures that nobody here has measured; exponentials: 16 per clock and multiprocessor (CUDA C Programming Guide,
     arithmetic instructions) at the boost clock."""
 
     name: str
@@ -106,6 +106,6 @@ def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown, and what the numbers are."""
     legend = (
         f"Batch {BATCH}, bfloat16. Computed, not measured: the longest of compulsory bytes, matrix products (tokens "
-        f"filled up to tiles of {TILE}) and exponentials at the data sheet's rates; what sets it in brackets."
+        f"filled up to tiles of {TILE}) and exponentials at the cards' nominal rates; what sets it in brackets."
     )
     return f"{results.markdown_table(rows)}\n\n{legend}"

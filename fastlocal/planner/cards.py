@@ -1,10 +1,10 @@
-"""How fast a card is: makers' figures, from which the cost of a step is estimated."""
+"""How fast a card is: round figures, from which the cost of a step is estimated."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# What of the makers' figures a training step gets. They put costs in proportion; candidates are ranked, nothing is promised.
+# What of these figures a training step gets. They put costs in proportion; candidates are ranked, nothing is promised.
 USED = 0.45
 # Host time to launch the kernels of one block, forward and backward.
 SECONDS_PER_BLOCK = 400e-6
@@ -27,7 +27,7 @@ class Card:
     bus: float
 
 
-# 16-bit tensor-core FLOP/s, memory bandwidth and PCIe (about 80 % of its raw rate), from the makers' data sheets.
+# 16-bit tensor-core FLOP/s, memory bandwidth and PCIe (about 80 % of its raw rate): round figures, none measured by us.
 CARDS: tuple[Card, ...] = (
     Card("GTX 1660", 10e12, 192e9, 12e9),
     Card("RTX 2060", 52e12, 336e9, 12e9),
