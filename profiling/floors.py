@@ -23,7 +23,7 @@ TILE = 64  # tokens: rows and columns of a tile of scores
 
 @dataclass(frozen=True)
 class Card:
-    """Per second, round figures that nobody here has measured; exponentials: 16 per clock and multiprocessor (CUDA C Programming Guide,
+    """Per second, round figures, unmeasured; exponentials: 16 per clock and multiprocessor (CUDA C Programming Guide,
     arithmetic instructions) at the boost clock."""
 
     name: str

@@ -186,8 +186,8 @@ def fsdp(model: nn.Module, *, bf16: bool = False, saved: bool = False) -> Rival:
     if bf16:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     for block in backbone(model).blocks:
-        for part in filter(None, (block.transition, block.block)):
-            fully_shard(cast(nn.Module, part), **options)
+        for part in block.code if isinstance(block.code, nn.ModuleList) else (block.code,):
+            fully_shard(part, **options)
     fully_shard(model, **options)
     for parameter in model.parameters():
         memory.on_host(parameter)

@@ -70,10 +70,10 @@ def test_predictions_are_the_meters_over_random_plans(build: Build, seed: int) -
         build("swin", depths=(1, 1, 1), embed_dim=32, num_heads=(1, 2, 4)),
         *[build("vit", depth=5, patch_size=8, embed_dim=64)] * 4,
     ]
+    models = [draw.choice(families) for _ in range(5)]
+    plans = [drawn(draw, model) for model in models]
     with memory.dry_run():
-        for _ in range(5):
-            model = draw.choice(families)
-            plan = drawn(draw, model)
+        for model, plan in zip(models, plans, strict=True):
             options = {"ema_decay": draw.choice([None, None, 0.9])}
             predicted = rehearse(model, plan, {"amp_dtype": torch.bfloat16, **options}, torch.uint8, foreach=False)
             actual = measured(model, plan.batch_size, {**plan.arguments(), **options}).peak

@@ -89,6 +89,9 @@ def _serve() -> None:
     from fastlocal.train.config import TrainConfig
 
     torch.set_num_threads(1)
+    # The first backward starts autograd's threads, one per device, which a fork cannot keep. A fake tensor mode, which a
+    # trainer enters to see shapes, pretends that there is a device; so the first backward comes before it.
+    torch.zeros(1, requires_grad=True).sum().backward()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         # What a run imports as it goes, it has imported then.
         loop.run(TrainConfig.of(**{**TINY, "output": folder}))

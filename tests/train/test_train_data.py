@@ -39,7 +39,7 @@ def test_digits_are_split_once_and_for_all_by_class() -> None:
     pixels = np.concatenate([train.images[:, 0].numpy(), validation.images[:, 0].numpy()])
     assert np.array_equal(np.unique(pixels), np.unique(np.round(np.arange(17) * 255 / 16)))
     # The sum of all pixels, of 0 to 16, as scikit-learn's load_digits has them.
-    assert int(np.round(pixels * 16 / 255).sum()) == 561718
+    assert int(np.round(pixels.astype(float) * 16 / 255).sum()) == 561718
 
 
 def test_normalization_is_that_of_the_pixels() -> None:
