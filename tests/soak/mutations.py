@@ -31,6 +31,7 @@ from PIL import Image
 from fastlocal.train import checkpoint, loop
 from fastlocal.train.build import build_model
 from fastlocal.train.config import TrainConfig, UserError, read_file, to_yaml
+from fastlocal.train.start import fitted, read_start
 
 SLOWEST, LARGEST = 10, 2**30
 TINY: dict[str, Any] = {
@@ -274,7 +275,7 @@ def _checkpoints(folder: Path, run: Path, home: Any) -> Iterator[Target]:
 
 def _safetensors(folder: Path, run: Path) -> Target:
     path, whole = folder / "mutant.safetensors", (run / "model.safetensors").read_bytes()
-    config = TrainConfig.of(**TINY, data="digits", initial_checkpoint=str(path))
+    config, classes = TrainConfig.of(**TINY, data="digits"), tuple("0123456789")
     length = struct.unpack("<Q", whole[:8])[0]
     header, content = json.loads(whole[8 : 8 + length]), whole[8 + length :]
 
@@ -285,7 +286,11 @@ def _safetensors(folder: Path, run: Path) -> Target:
             text = json.dumps(mutate_tree(header, draw, tensors=False)).encode("utf-8", "replace")
             path.write_bytes(struct.pack("<Q", len(text)) + text + content)
 
-    return Target("safetensors", path, mutate, lambda: build_model(config, 10, (8, 8), start=True))
+    def read() -> None:
+        weights, _ = fitted(read_start(str(path)), build_model(config, 10, (8, 8)), classes)
+        build_model(config, 10, (8, 8), weights=weights)
+
+    return Target("safetensors", path, mutate, read)
 
 
 BOMBS = (

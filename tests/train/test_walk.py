@@ -47,7 +47,7 @@ def test_from_photographs_to_the_same_probabilities_everywhere(tmp_path: Path, c
     # 200 photographs of two classes, in a memory budget, stopped after an epoch.
     photographs = tmp_path / "photographs"
     _photographs(photographs, {"red": (180, 90, 90), "blue": (90, 90, 180)}, 80)
-    start = ("--initial-checkpoint", tmp_path / "runs" / "shades", "--memory", "64MiB", "--lr", 3e-3)
+    start = ("--initial-checkpoint", tmp_path / "runs" / "shades", "--memory", "576MiB", "--lr", 3e-3)
     first = done(
         "train", "--data", photographs, "--img-size", 48, "--epochs", 1, *MODEL, *start, *common, "--experiment", "mine"
     )
