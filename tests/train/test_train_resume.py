@@ -2,54 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
-import safetensors.torch
 import torch
+from soak.compare import assert_same, result
 
 import fastlocal
 from fastlocal.train import loop, signals
 from fastlocal.train.config import TrainConfig, UserError
 
 Options = Callable[..., dict[str, Any]]
-TIMES = ("images_per_second", "seconds", "peak_memory_bytes")
-
-
-def _assert_same(one: Any, other: Any, path: str = "") -> None:
-    assert type(one) is type(other), path
-    if isinstance(one, torch.Tensor):
-        assert one.dtype == other.dtype, path
-        assert torch.equal(one, other), path
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), path
-        for key in one:
-            _assert_same(one[key], other[key], f"{path}/{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), path
-        for index, (a, b) in enumerate(zip(one, other, strict=True)):
-            _assert_same(a, b, f"{path}/{index}")
-    else:
-        assert one == other, path
-
-
-def _result(folder: Path) -> dict[str, Any]:
-    """Everything a run leaves, less its times and its own name."""
-    left: dict[str, Any] = {"model": safetensors.torch.load_file(folder / "model.safetensors")}
-    for name in ("last.pt", "best.pt"):
-        saved = torch.load(folder / name, weights_only=True)
-        del saved["config"]["experiment"], saved["config"]["recovery_interval"]
-        del saved["progress"]["seconds"]
-        left[name] = saved
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    left["rows"] = [{key: value for key, value in row.items() if key not in TIMES} for row in rows]
-    return left
 
 
 def _interrupt(monkeypatch: pytest.MonkeyPatch, method: str, call: int, action: Callable[[], Any]) -> None:
@@ -99,7 +66,7 @@ def test_ctrl_c_and_resume_equals_running_straight(setup: str, tiny: Options, mo
     resumed = loop.resume(broken.folder)
     assert not resumed.interrupted
     assert resumed.accuracy == straight.accuracy
-    _assert_same(_result(resumed.folder), _result(straight.folder))
+    assert_same(result(resumed.folder), result(straight.folder))
 
 
 def test_a_run_that_was_killed_goes_on_from_its_last_save(tiny: Options, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,7 +89,7 @@ def test_a_run_that_was_killed_goes_on_from_its_last_save(tiny: Options, monkeyp
         with (folder / "metrics.jsonl").open("a") as rows:
             rows.write('{"epoch": 99, "torn')  # a row whose epoch was not saved
     loop.resume(folder)
-    _assert_same(_result(folder), _result(straight.folder))
+    assert_same(result(folder), result(straight.folder))
 
 
 def test_ctrl_c_while_validating_validates_on_resume(tiny: Options, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,7 +100,7 @@ def test_ctrl_c_while_validating_validates_on_resume(tiny: Options, monkeypatch:
     assert broken.interrupted
     assert not (broken.folder / "metrics.jsonl").exists()
     loop.resume(broken.folder)
-    _assert_same(_result(broken.folder), _result(straight.folder))
+    assert_same(result(broken.folder), result(straight.folder))
 
 
 def test_only_what_the_result_does_not_hang_on_can_change(tiny: Options) -> None:
