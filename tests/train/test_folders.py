@@ -5,8 +5,11 @@ from __future__ import annotations
 import io
 import random
 import shutil
+import sys
 import tarfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +236,48 @@ def test_a_data_set_of_hugging_faces_is_read_by_timm(tmp_path: Path, monkeypatch
     images, labels = next(data.validation.batches([torch.arange(8)], None))
     assert images.shape == (8, 3, 32, 32)
     assert labels.tolist() == [0] * 4 + [1] * 4
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar in tar", "hfds"])
+def test_threads_and_processes_read_what_one_thread_reads(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = tmp_path / "data"
+    for name in ("cat", "dog"):
+        for i in range(20):
+            _picture(root / "train" / name / f"{i}.png", size=(70 + i, 80), seed=20 * (name == "dog") + i)
+    expected = {path.read_bytes() for path in root.rglob("*.png")}
+    assert len(expected) == 40
+    if kind == "hfds":
+        pytest.importorskip("datasets")
+        monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+        data = f"hfds/{root}"
+    else:
+        inside = tmp_path / "inside.tar"
+        with tarfile.open(inside, "w") as archive:
+            archive.add(root / "train", ".")
+        data = str(tmp_path / "data.tar")
+        with tarfile.open(data, "w") as archive:
+            archive.add(*((inside, "inside.tar") if "in" in kind else (root / "train", ".")))
+    config = TrainConfig.of(data=data, val_split=0.25, workers=0)
+    split = read(config, SOURCE).training  # every header, by threads
+    assert isinstance(split, FileSplit)
+    alone = [split.pictures[i] for i in range(40)]
+    assert set(alone) == expected
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            assert list(threads.map(split.pictures.__getitem__, list(range(40)) * 5)) == alone * 5
+    finally:
+        sys.setswitchinterval(interval)
+    order = list(torch.arange(len(split)).split(2))
+    pairs = zip(
+        split.batches(order, 1), replace(split, config=replace(config, workers=2)).batches(order, 1), strict=True
+    )
+    for (images, labels), (by_workers, their_labels) in pairs:
+        assert torch.equal(images, by_workers)
+        assert torch.equal(labels, their_labels)
 
 
 # Preprocessing is timm's

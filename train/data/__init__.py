@@ -19,7 +19,10 @@ from fastlocal.train.data.listing import (
     TRAINING_FOLDERS,
     VALIDATION_FOLDERS,
     Listing,
-    PicturesOfReader,
+    Member,
+    Pictures,
+    PicturesInArchives,
+    PicturesOfHub,
     list_folder,
     listed,
     split_folder,
@@ -221,15 +224,20 @@ def _reader_listings(config: TrainConfig, what: str, training: bool) -> tuple[Li
                 create_dataset("", config.data, **options) if tar else create_dataset(config.data, split=split)
             )
             reader = reader.reader
+            pictures: Pictures
             if tar:
                 targets, indices = reader.targets.tolist(), reader.class_name_to_idx
+                pictures = PicturesInArchives(
+                    tuple(Member.of(config.data, i, within) for i, _, within in reader.samples)
+                )
             else:
                 targets, indices = list(reader.dataset[reader.label_key]), reader.class_to_idx
+                pictures = PicturesOfHub(reader)
         except Exception as error:  # readers check what they are given with whatever the library under them raises
             reason = printable(str(error), 300).rstrip(".") or type(error).__name__
             raise UserError(f"{what} cannot be opened by timm's reader ({split}): {reason}.") from None
         names = {index: str(name) for name, index in indices.items()}
-        return Listing.of(PicturesOfReader(reader), tuple(names.get(target, str(target)) for target in targets))
+        return Listing.of(pictures, tuple(names.get(target, str(target)) for target in targets))
 
     if config.val_split:
         parts = listing("train").parted(config.val_split)

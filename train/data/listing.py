@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import tarfile
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -66,9 +67,55 @@ class PictureFiles:
         return (self.root / self.names[index]).stat().st_size
 
 
+class Member(NamedTuple):
+    """One file of an archive: where its ``size`` bytes begin in the file ``archive``."""
+
+    archive: str
+    name: str
+    offset: int
+    size: int
+
+    @classmethod
+    def of(cls, archive: str, info: tarfile.TarInfo, within: tarfile.TarInfo | None = None) -> Member:
+        """What `tarfile` found in ``archive``, or in the archive ``within`` it.
+
+        Raises:
+            ValueError: its bytes do not lie in one piece.
+        """
+        if info.issparse() or (within and within.issparse()):
+            raise ValueError(f"{info.name} is stored with holes (a sparse file)")
+        return cls(archive, info.name, info.offset_data + (within.offset_data if within else 0), info.size)
+
+
 @dataclass(frozen=True)
-class PicturesOfReader:
-    """What a reader of timm's finds in an archive or a data set; read in any order, by any process."""
+class PicturesInArchives:
+    """Members of tar archives. Each is read through a handle of its own: one that threads or forked processes share has one
+    position for all of them, and gives one reader the bytes of another's picture."""
+
+    members: tuple[Member, ...]
+
+    def __len__(self) -> int:
+        return len(self.members)
+
+    def __getitem__(self, index: int) -> Source:
+        member = self.members[index]
+        with open(member.archive, "rb") as file:
+            file.seek(member.offset)
+            return file.read(member.size)
+
+    def name(self, index: int) -> str:
+        return self.members[index].name
+
+    def where(self, index: int) -> str:
+        return f"{self.members[index].name} in {self.members[index].archive}"
+
+    def size(self, index: int) -> int:
+        return self.members[index].size
+
+
+@dataclass(frozen=True)
+class PicturesOfHub:
+    """Rows of a Hugging Face data set, by timm's reader: memory-mapped, so threads and processes share no position."""
 
     reader: Any
 
@@ -76,7 +123,8 @@ class PicturesOfReader:
         return len(self.reader)
 
     def __getitem__(self, index: int) -> Source:
-        return bytes(self.reader[index][0].read())
+        with self.reader[index][0] as file:
+            return bytes(file.read())
 
     def name(self, index: int) -> str:
         return str(self.reader.filename(index) or index)
