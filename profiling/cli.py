@@ -11,13 +11,13 @@ from fastlocal.train.config import UserError
 
 # Subcommand -> (module with ``main(argv) -> exit code``, what ``--help`` says about it).
 SUBCOMMANDS = {
-    "kernels": ("fastlocal.profiling.kernels", "compile report, traffic report, and timings on a CUDA card"),
+    "kernels": ("fastlocal.profiling.kernels.command", "compile report, traffic report, and timings on a CUDA card"),
     "memory": (
         "fastlocal.profiling.memory.table",
         "memory, bus and compute of a step, ours and the rivals'; needs no GPU",
     ),
     "throughput": (
-        "fastlocal.profiling.throughput",
+        "fastlocal.profiling.card.throughput",
         "images per second and peak memory of a step, ours and the rivals'",
     ),
     "accuracy": ("fastlocal.profiling.accuracy", "what each objective learns with the same recipe"),

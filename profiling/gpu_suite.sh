@@ -24,11 +24,11 @@ main() {
         esac
     done
 
-    suite="$PWD/profiling/suite.py"
+    suite="$PWD/profiling/card/suite.py"
     # From outside, because inside the checkout ./fastlocal is found without its siblings.
     installed() {
         (cd / && "$python" -c 'import importlib.util as u, sys
-try: found = u.find_spec("fastlocal.profiling.suite")
+try: found = u.find_spec("fastlocal.profiling.card.suite")
 except ImportError: found = None
 sys.exit(found is None or found.origin != sys.argv[1])' "$suite")
     }
@@ -48,7 +48,7 @@ sys.exit(found is None or found.origin != sys.argv[1])' "$suite")
         printf '\n=== %s ===\n' "$part"
         begun=$SECONDS
         # A part stops by itself; the limit is for one that hangs.
-        timeout $((${budget%.*} + 60)) "$python" -m fastlocal.profiling.suite "$part" --budget "$budget" --output "$output"
+        timeout $((${budget%.*} + 60)) "$python" -m fastlocal.profiling.card.suite "$part" --budget "$budget" --output "$output"
         case $? in
             0) outcome[$part]=ok ;;
             124) outcome[$part]="stopped by force"; status=1 ;;

@@ -10,9 +10,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastlocal.profiling import caps, kernel_timing, results, suite, throughput
+from fastlocal.profiling import results
+from fastlocal.profiling.card import caps, suite, throughput
 from fastlocal.profiling.cli import ArgumentParser, UserError
-from fastlocal.profiling.workloads import OURS
+from fastlocal.profiling.kernels import timing
+from fastlocal.profiling.kernels.workloads import OURS
 
 Row = Mapping[str, Any]
 # What tells one measurement from another; of several rows of one measurement the latest counts.
@@ -101,7 +103,7 @@ def _correctness(rows: Sequence[Row]) -> str:
 
 
 def _kernels(rows: Sequence[Row]) -> str:
-    return f"{kernel_timing.table([dict(row) for row in rows])}\n\n{_commits(rows)}"
+    return f"{timing.table([dict(row) for row in rows])}\n\n{_commits(rows)}"
 
 
 def _meter(rows: Sequence[Row]) -> str:

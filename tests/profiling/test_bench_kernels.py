@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastlocal.profiling import floors, kernel_timing, results, workloads
+from fastlocal.profiling import results
 from fastlocal.profiling.cli import bench
-from fastlocal.profiling.kernel_timing import Bench
-from fastlocal.profiling.timer import Quantiles, differ, interleaved
-from fastlocal.profiling.workloads import COMPILED, FLEX, FUSED, OURS, UNFUSED, Problem, Provider, Workload
+from fastlocal.profiling.kernels import floors, timing, workloads
+from fastlocal.profiling.kernels.timer import Quantiles, differ, interleaved
+from fastlocal.profiling.kernels.timing import Bench
+from fastlocal.profiling.kernels.workloads import COMPILED, FLEX, FUSED, OURS, UNFUSED, Problem, Provider, Workload
 
 CPU = torch.device("cpu")
 
@@ -55,7 +56,7 @@ def _bench() -> Bench:
 @pytest.mark.parametrize("workload", [WINDOWS, ATTENTION, LOSS], ids=lambda workload: workload.op)
 def test_every_row_is_timed_and_written(workload: Workload, tmp_path: Path) -> None:
     path = tmp_path / "kernels.jsonl"
-    rows = kernel_timing.time_kernels(_bench(), [workload], path)
+    rows = timing.time_kernels(_bench(), [workload], path)
     written = results.read_rows(path)
     assert [{name: row[name] for name in rows[0]} for row in written[:1]] == rows[:1]
     assert len(written) == len(rows)
@@ -124,7 +125,7 @@ def test_a_wrong_op_is_not_timed(tmp_path: Path) -> None:
         made = ATTENTION.problem(batch, dtype, device)
         return made if dtype == torch.float64 else _wrong(made)
 
-    rows = kernel_timing.time_kernels(_bench(), [replace(ATTENTION, problem=problem)], tmp_path / "rows.jsonl")
+    rows = timing.time_kernels(_bench(), [replace(ATTENTION, problem=problem)], tmp_path / "rows.jsonl")
     assert [row["direction"] for row in rows] == ["check", "check"]
     assert all("the output's relative error is 1.0e-01" in row["error"] for row in rows)
 
@@ -145,8 +146,8 @@ def test_a_wrong_gradient_is_found() -> None:
         wrong = replace(ours, run=lambda: Scaled.apply(ours.run()))
         return made if dtype == torch.float64 else replace(made, providers={**made.providers, OURS: wrong})
 
-    assert kernel_timing.check(WINDOWS, torch.bfloat16, CPU) is None
-    wrong = kernel_timing.check(replace(WINDOWS, problem=problem), torch.bfloat16, CPU)
+    assert timing.check(WINDOWS, torch.bfloat16, CPU) is None
+    wrong = timing.check(replace(WINDOWS, problem=problem), torch.bfloat16, CPU)
     assert wrong is not None
     assert wrong.startswith("the relative error of gradient 0 is 5.0e-01")
 
@@ -156,10 +157,10 @@ def test_a_rival_that_fails_is_a_row(tmp_path: Path) -> None:
         raise NotImplementedError("not for this shape\nand more")
 
     broken = replace(ATTENTION, problem=_without_compiler(ATTENTION.problem, broken=Provider(fail, ())))
-    rows = kernel_timing.time_kernels(_bench(), [broken], tmp_path / "rows.jsonl")
+    rows = timing.time_kernels(_bench(), [broken], tmp_path / "rows.jsonl")
     failed = [row for row in rows if row["error"] is not None]
     assert [(row["provider"], row["error"]) for row in failed] == [("broken", "not for this shape")] * 2
-    assert "broken" not in kernel_timing.table(rows)
+    assert "broken" not in timing.table(rows)
 
 
 def test_variants_run_in_turn_so_that_drift_hits_all_alike() -> None:
@@ -193,8 +194,8 @@ def test_no_factor_within_the_spread() -> None:
     place = {"op": "attention", "shape": "ViT", "dtype": "bfloat16", "direction": "both", "error": None}
     ours = {**place, "provider": OURS, "p50_ms": 2.0, "gb_per_s": 9.0, "of_copy_bandwidth": 0.9, "peak_mib": 1.0}
     rival = {**place, "provider": FUSED, "p50_ms": 2.1}
-    assert "within the spread" in kernel_timing.table([{**ours, "beyond_spread": False}, rival])
-    assert "1.05" in kernel_timing.table([{**ours, "beyond_spread": True}, rival])
+    assert "within the spread" in timing.table([{**ours, "beyond_spread": False}, rival])
+    assert "1.05" in timing.table([{**ours, "beyond_spread": True}, rival])
 
 
 def test_table_compares_with_the_best_rival(tmp_path: Path) -> None:
@@ -202,11 +203,11 @@ def test_table_compares_with_the_best_rival(tmp_path: Path) -> None:
     ours = {**place, "provider": OURS, "p50_ms": 2.0, "gb_per_s": 900.0, "of_copy_bandwidth": 0.9, "peak_mib": 10.0}
     times = {UNFUSED: 9.0, FUSED: 3.0}
     rivals: list[Mapping[str, Any]] = [{**place, "provider": name, "p50_ms": times[name]} for name in times]
-    lines = kernel_timing.table([ours, *rivals]).splitlines()
+    lines = timing.table([ours, *rivals]).splitlines()
     header, values = ([cell.strip() for cell in lines[i].strip("|").split("|")] for i in (0, 2))
     assert dict(zip(header, values, strict=True))["× best rival"] == "1.5"
     pytest.importorskip("matplotlib")
-    kernel_timing.plot([ours, *rivals], tmp_path / "plot.png")
+    timing.plot([ours, *rivals], tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 

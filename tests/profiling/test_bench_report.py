@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from fastlocal.profiling import report
+from fastlocal.profiling.card.throughput import Setup, baseline
 from fastlocal.profiling.cli import bench
-from fastlocal.profiling.throughput import Setup, baseline
 
 ORIGIN = {"card": "NVIDIA H100", "driver": "600.1", "torch": "2.11.0", "triton": "3.6.0", "commit": "abc"}
 ORIGIN["date"] = "2026-11-22T10:00:00+00:00"

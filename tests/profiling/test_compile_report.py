@@ -16,9 +16,9 @@ import pytest
 import torch
 
 from fastlocal.kernels.cases import CompileCase
-from fastlocal.profiling import compile_report
 from fastlocal.profiling.cli import bench
-from fastlocal.profiling.compile_report import ARCHITECTURES, Measurement
+from fastlocal.profiling.kernels import compile_report
+from fastlocal.profiling.kernels.compile_report import ARCHITECTURES, Measurement
 
 COMMITTED = Path(__file__).parents[2] / "profiling/results/compile/report.json"
 
@@ -159,7 +159,7 @@ def test_bad_input(arguments: list[str], sentence: str, tmp_path: Path, capsys: 
 SCRATCH = """
 import json, torch, triton, triton.language as tl
 from fastlocal.kernels.cases import CompileCase
-from fastlocal.profiling.compile_report import ARCHITECTURES, measure
+from fastlocal.profiling.kernels.compile_report import ARCHITECTURES, measure
 
 @triton.jit
 def product(a, b, c, SIZE: tl.constexpr):

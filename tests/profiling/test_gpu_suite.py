@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from fastlocal.profiling import kernel_timing, results, suite, workloads
-from fastlocal.profiling.workloads import OURS, Provider, Workload
+from fastlocal.profiling import results
+from fastlocal.profiling.card import suite
+from fastlocal.profiling.kernels import timing, workloads
+from fastlocal.profiling.kernels.workloads import OURS, Provider, Workload
 
-SCRIPT = Path(suite.__file__).with_name("gpu_suite.sh")
+SCRIPT = Path(suite.__file__).parents[1] / "gpu_suite.sh"
 LOSS = Workload("reconstruction_loss", "Swin-T stage 4", workloads._reconstruction_loss(4, 16, 2, 8))
 
 
@@ -83,8 +85,8 @@ def test_kernels_are_timed_a_workload_at_a_time(tmp_path: Path, monkeypatch: pyt
     other = replace(LOSS, shape="another")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(results, "origin", lambda: dict.fromkeys(("card", "torch", "triton", "commit"), "a"))
-    monkeypatch.setattr(kernel_timing, "cuda_bench", object)
-    monkeypatch.setattr(kernel_timing, "time_kernels", time_kernels)
+    monkeypatch.setattr(timing, "cuda_bench", object)
+    monkeypatch.setattr(timing, "time_kernels", time_kernels)
     monkeypatch.setattr(workloads, "workloads", lambda: [other])
     assert suite.kernels(tmp_path, None) == 0
     monkeypatch.setattr(workloads, "workloads", lambda: [other, LOSS])

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from fastlocal.profiling import caps, results, throughput
-from fastlocal.profiling.campaign import Campaign
+from fastlocal.profiling import results
+from fastlocal.profiling.card import caps, throughput
+from fastlocal.profiling.card.campaign import Campaign
+from fastlocal.profiling.card.throughput import Setup, Training, baseline
 from fastlocal.profiling.cli import bench
-from fastlocal.profiling.throughput import Setup, Training, baseline
 
 CPU = torch.device("cpu")
 
@@ -184,7 +185,7 @@ def test_a_campaign_goes_on_where_it_stopped(tmp_path: Path) -> None:
 
 def test_a_campaign_stops_in_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("fastlocal.profiling.campaign.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("fastlocal.profiling.card.campaign.time.perf_counter", lambda: now[0])
     campaign = Campaign(tmp_path / "rows.jsonl", budget=25)
     done = []
     for n in campaign.todo([({"job": n}, n) for n in range(5)]):

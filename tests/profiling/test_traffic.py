@@ -15,10 +15,10 @@ import triton.language as tl
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastlocal.profiling import block_traffic, traffic, traffic_report, workloads
 from fastlocal.profiling.cli import bench
-from fastlocal.profiling.traffic import CountTraffic, CudaAutocastPolicy, Entry, Traffic
-from fastlocal.profiling.workloads import UNFUSED, Workload
+from fastlocal.profiling.kernels import block_traffic, traffic, traffic_report, workloads
+from fastlocal.profiling.kernels.traffic import CountTraffic, CudaAutocastPolicy, Entry, Traffic
+from fastlocal.profiling.kernels.workloads import UNFUSED, Workload
 
 CPU = torch.device("cpu")
 

@@ -1,6 +1,6 @@
-"""The parts of ``bash profiling/gpu_suite.sh``: ``python -m fastlocal.profiling.suite PART [--budget SECONDS]``.
+"""The parts of ``bash profiling/gpu_suite.sh``: ``python -m fastlocal.profiling.card.suite PART [--budget SECONDS]``.
 
-Every part writes its rows at once, stops in time and goes on where it stopped (see `fastlocal.profiling.campaign`).
+Every part writes its rows at once, stops in time and goes on where it stopped (see `fastlocal.profiling.card.campaign`).
 With no card each part runs what it can on the CPU, with a tiny model, and says what is missing.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastlocal.profiling import memory, results
-from fastlocal.profiling.campaign import Campaign
+from fastlocal.profiling.card.campaign import Campaign
 from fastlocal.profiling.cli import ArgumentParser, UserError, bench
 
 MIB = 2**20
@@ -38,9 +38,9 @@ def correctness(output: Path, budget: float | None) -> int:
 
     from fastlocal.kernels import use_kernels
     from fastlocal.kernels.dispatch import why_not_triton
-    from fastlocal.profiling.kernel_timing import check
-    from fastlocal.profiling.throughput import default_device, release, sentence
-    from fastlocal.profiling.workloads import workloads
+    from fastlocal.profiling.card.throughput import default_device, release, sentence
+    from fastlocal.profiling.kernels.timing import check
+    from fastlocal.profiling.kernels.workloads import workloads
 
     device = default_device()
     obstacle = why_not_triton(device)
@@ -77,21 +77,21 @@ def kernels(output: Path, budget: float | None) -> int:
     if not torch.cuda.is_available():
         print("Missing without a card: the timing of every fused op and its rivals.")
         return 0
-    from fastlocal.profiling import kernel_timing
-    from fastlocal.profiling.workloads import workloads
+    from fastlocal.profiling.kernels import timing
+    from fastlocal.profiling.kernels.workloads import workloads
 
     folder = results.card_folder(output)
     campaign = Campaign(folder / "suite.jsonl", budget)
     jobs = [({"bench": "suite", "part": "kernels", "job": w.name}, w) for w in workloads()]
-    device = kernel_timing.cuda_bench()
+    device = timing.cuda_bench()
     for workload in campaign.todo(jobs):
         begun = time.perf_counter()
-        kernel_timing.time_kernels(device, [workload], folder / "kernels.jsonl")
+        timing.time_kernels(device, [workload], folder / "kernels.jsonl")
         campaign.add(
             {"bench": "suite", "part": "kernels", "job": workload.name, "seconds": time.perf_counter() - begun}
         )
     rows = Campaign(folder / "kernels.jsonl").rows
-    print(f"\n{kernel_timing.table(rows)}")
+    print(f"\n{timing.table(rows)}")
     return int(any(row["direction"] == "check" and row["error"] is not None for row in rows))
 
 
@@ -101,7 +101,7 @@ def meter(output: Path, budget: float | None) -> int:
 
     from fastlocal import planner
     from fastlocal.memory import Meter
-    from fastlocal.profiling.throughput import (
+    from fastlocal.profiling.card.throughput import (
         Setup,
         Training,
         available_kernels,
@@ -170,7 +170,7 @@ def meter(output: Path, budget: float | None) -> int:
 
 def _allocated(training: Any) -> dict[str, float]:
     """torch's own peak of a step with no meter in the way, and what the allocator reserved for it."""
-    from fastlocal.profiling.throughput import measure_peak
+    from fastlocal.profiling.card.throughput import measure_peak
 
     peak = measure_peak(training)
     allocated, reserved = peak["peak_mib"], peak["reserved_mib"]
@@ -231,7 +231,7 @@ def train(output: Path, budget: float | None) -> int:
         return 0
     import torch
 
-    from fastlocal.profiling.throughput import available_kernels, default_device, sentence
+    from fastlocal.profiling.card.throughput import available_kernels, default_device, sentence
     from fastlocal.train import loop
     from fastlocal.train.config import TrainConfig
 

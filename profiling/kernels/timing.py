@@ -13,8 +13,8 @@ from torch._functorch import config as functorch_config
 
 from fastlocal.kernels import dispatch, use_kernels
 from fastlocal.profiling import results
-from fastlocal.profiling.timer import Quantiles, cuda_milliseconds, differ, interleaved
-from fastlocal.profiling.workloads import COMPILED, FLEX, OURS, UNFUSED, Problem, Provider, Workload
+from fastlocal.profiling.kernels.timer import Quantiles, cuda_milliseconds, differ, interleaved
+from fastlocal.profiling.kernels.workloads import COMPILED, FLEX, OURS, UNFUSED, Problem, Provider, Workload
 
 BATCH = 64
 CHECKED_BATCH = 2

@@ -21,8 +21,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastlocal.kernels import use_kernels
 from fastlocal.profiling import results
-from fastlocal.profiling.traffic import CountTraffic, CudaAutocastPolicy, Traffic
-from fastlocal.profiling.workloads import OURS, UNFUSED, Problem, Workload, workloads
+from fastlocal.profiling.kernels.traffic import CountTraffic, CudaAutocastPolicy, Traffic
+from fastlocal.profiling.kernels.workloads import OURS, UNFUSED, Problem, Workload, workloads
 
 BATCH = 64
 MULTIPROCESSORS = 132  # of the card whose number of pieces is counted, an H100; smaller cards make fewer

@@ -41,7 +41,7 @@ def main(argv: list[str]) -> int:
 
 
 def _compile_report(arguments: Namespace) -> bool:
-    from fastlocal.profiling import compile_report
+    from fastlocal.profiling.kernels import compile_report
 
     unknown = set(arguments.architectures or ()) - set(compile_report.ARCHITECTURES)
     if unknown:
@@ -63,7 +63,7 @@ def _compile_report(arguments: Namespace) -> bool:
 
 
 def _floors(arguments: Namespace) -> None:
-    from fastlocal.profiling import floors
+    from fastlocal.profiling.kernels import floors
 
     table = floors.table(floors.floors())
     print(table)
@@ -77,7 +77,7 @@ def _traffic(arguments: Namespace) -> None:
     if "triton" in sys.modules and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError("--traffic counts in Triton's interpreter, but Triton was imported without it in this process.")
     os.environ["TRITON_INTERPRET"] = "1"
-    from fastlocal.profiling import block_traffic, traffic_report
+    from fastlocal.profiling.kernels import block_traffic, traffic_report
 
     try:
         comparisons = traffic_report.traffic_report(arguments.only)
@@ -113,18 +113,18 @@ def _time(arguments: Namespace) -> bool:
         raise UserError(
             "timing kernels needs a CUDA card, and there is none here; --compile-report and --traffic need none."
         )
-    from fastlocal.profiling import kernel_timing
-    from fastlocal.profiling.workloads import OURS, workloads
+    from fastlocal.profiling.kernels import timing
+    from fastlocal.profiling.kernels.workloads import OURS, workloads
 
     chosen = [workload for workload in workloads() if arguments.only in workload.name]
     if not chosen:
         names = ", ".join(workload.name for workload in workloads())
         raise UserError(f"--only: no workload has {arguments.only!r} in its name; there are: {names}.")
     folder = results.card_folder(arguments.output)
-    rows = kernel_timing.time_kernels(kernel_timing.cuda_bench(), chosen, folder / "kernels.jsonl")
-    print(kernel_timing.table(rows))
+    rows = timing.time_kernels(timing.cuda_bench(), chosen, folder / "kernels.jsonl")
+    print(timing.table(rows))
     try:
-        kernel_timing.plot(rows, folder / "kernels.png")
+        timing.plot(rows, folder / "kernels.png")
     except ImportError:
         print("No plot: matplotlib is not installed.")
     return any(row["provider"] == OURS and row["error"] is not None for row in rows)

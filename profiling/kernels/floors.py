@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastlocal.profiling import results
-from fastlocal.profiling.workloads import OURS, Problem, Workload, workloads
+from fastlocal.profiling.kernels.workloads import OURS, Problem, Workload, workloads
 
 BATCH = 64
 DTYPE = torch.bfloat16

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.module_tracker import ModuleTracker
 
 from fastlocal.profiling import results
-from fastlocal.profiling.traffic import CountTraffic, CudaAutocastPolicy
+from fastlocal.profiling.kernels.traffic import CountTraffic, CudaAutocastPolicy
 
 BATCH = 64
 AUTOCAST = torch.bfloat16

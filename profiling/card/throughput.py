@@ -4,7 +4,7 @@ Each set-up takes turns with plain end-to-end training (timm as it comes, eager)
 both alike; its speed is the median of the pairs' ratios. Steps run the whole of training: forward, backward, AdamW
 (fused on CUDA), images on the device. Warm-up, compilation included, is not timed. Rivals have timm's fast norm,
 torch.compile, both attention paths of timm (TIMM_FUSED_ATTN), channels-last, and non-reentrant checkpointing of blocks.
-With ``--cap`` it asks instead what trains on a smaller card; see `fastlocal.profiling.caps`.
+With ``--cap`` it asks instead what trains on a smaller card; see `fastlocal.profiling.card.caps`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlocal.profiling import memory, results
-from fastlocal.profiling.campaign import Campaign
+from fastlocal.profiling.card.campaign import Campaign
 from fastlocal.profiling.cli import ArgumentParser, UserError
 
 if TYPE_CHECKING:
@@ -499,7 +499,7 @@ def main(argv: list[str]) -> int:
 
     folder = results.card_folder(arguments.output)
     if arguments.cap is not None:
-        from fastlocal.profiling import caps
+        from fastlocal.profiling.card import caps
 
         return caps.run(arguments, folder)
     device = default_device()

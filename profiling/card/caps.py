@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastlocal.profiling import memory, results
-from fastlocal.profiling.campaign import Campaign
-from fastlocal.profiling.cli import UserError
-from fastlocal.profiling.throughput import (
+from fastlocal.profiling.card.campaign import Campaign
+from fastlocal.profiling.card.throughput import (
     MIB,
     ROUNDS,
     SAMPLE_SECONDS,
@@ -34,6 +33,7 @@ from fastlocal.profiling.throughput import (
     sentence,
     time_step,
 )
+from fastlocal.profiling.cli import UserError
 
 if TYPE_CHECKING:
     import torch
@@ -159,7 +159,7 @@ def predict_point(model: nn.Module, point: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _in_own_process(point: Mapping[str, Any], seconds: float) -> dict[str, Any]:
-    command = [sys.executable, "-m", "fastlocal.profiling.caps", json.dumps(point)]
+    command = [sys.executable, "-m", "fastlocal.profiling.card.caps", json.dumps(point)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=seconds)
     except subprocess.TimeoutExpired:
