@@ -37,7 +37,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     "levit.Levit": {"img_size": 64},
     "levit.LevitDistilled": {"img_size": 64},
     "mvitv2.MultiScaleVit": {"img_size": 64},
-    "nest.Nest": {"img_size": 64},
+    "nest.Nest": {"img_size": 64, "drop_path_rate": 0.1},  # timm's 0.5 drops whole blocks in a batch of two
     "naflexvit.NaFlexVit": {"embed_dim": 48, "depth": 3, "num_heads": 4},
     "pit.PoolingVisionTransformer": {"img_size": 96},
     "qwen3_vit.Qwen3VitClassifier": {"embed_dim": 64, "depth": 2, "num_heads": 4},
@@ -151,11 +151,22 @@ def test_the_parts_are_the_model_and_train(name: str, kind: str, options: dict[s
         torch.testing.assert_close(buffer, buffers[name], rtol=1e-5, atol=1e-6)
 
     model.load_state_dict(start)
-    local = step(view, batch, objective="feature", modules=2)
-    reached = [name for name, gradient in plain.items() if bool(gradient.any())]
-    assert sum(bool(local[name].any()) for name in reached) > 0.6 * len(
-        reached
-    )  # some are too small to be seen in a weight
+    learned: set[int] = set()
+
+    class Recording(torch.optim.SGD):
+        """Notes what gets a gradient: that of EdgeNeXt's layers, scaled by 1e-6, is too small to be seen in a weight, and
+        so is that of EfficientFormerV2's biases, which the BatchNorm after them takes out again."""
+
+        def step(self, closure: Any = None) -> None:
+            for parameter in (p for group in self.param_groups for p in group["params"]):
+                if parameter.grad is not None and bool(parameter.grad.any()):
+                    learned.add(id(parameter))
+
+    trainer = fastlocal.LocalTrainer(view, modules=2, objective="feature", optimizer=lambda groups: Recording(groups))
+    torch.manual_seed(5)
+    assert torch.isfinite(trainer.step(*batch).loss).all()
+    named = dict(view.model.named_parameters())
+    assert [name for name, gradient in plain.items() if bool(gradient.any()) and id(named[name]) not in learned] == []
 
 
 def torchvision_models() -> dict[str, Any]:
