@@ -1,7 +1,12 @@
 """fastlocal trains a timm vision transformer one module at a time.
 
-The public names load on first use, so that ``import fastlocal`` and the command line's ``--help`` need neither torch
-nor timm.
+    LocalTrainer        trains a model in place, one module at a time
+    Backbone            a model of your own as stem, blocks and head
+    register_backbone   tells of a whole class of models once
+    plan, Plan          the fastest way to train within a memory budget
+    kernels             fused ops: attention, window_attention, reconstruction_loss; accelerate(model)
+
+The names load on first use, so that ``import fastlocal`` and the command line's ``--help`` need neither torch nor timm.
 """
 
 from __future__ import annotations
@@ -34,4 +39,13 @@ def __dir__() -> list[str]:
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'fastlocal' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    try:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "fastlocal"):
+            raise
+        raise ImportError(
+            f"fastlocal.{name} needs {package}, which is not installed; only fastlocal.kernels does with torch and "
+            "Triton alone. Install fastlocal with its dependencies (pip without --no-deps)."
+        ) from None

@@ -13,6 +13,7 @@ from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from timm.models.swin_transformer import SwinTransformerBlock
 from timm.models.vision_transformer import Block as ViTBlock
 from torch import Tensor, nn
@@ -72,8 +73,8 @@ class ProjectionDecoder(Decoder):
 
     def forward(self, h: Tensor) -> Tensor:
         grid = self.projection(self.hidden(h))
-        grid = grid.unflatten(-1, (self.upsample, self.upsample, self.target.channels)).permute(0, 1, 3, 2, 4, 5)
-        return grid.flatten(1, 2).flatten(2, 3)[:, : self.target.height, : self.target.width]
+        grid = rearrange(grid, "b h w (r s c) -> b (h r) (w s) c", r=self.upsample, s=self.upsample)
+        return grid[:, : self.target.height, : self.target.width]
 
     def loss(self, h: Tensor, target: Tensor) -> Tensor:
         return reconstruction_loss(
@@ -152,9 +153,9 @@ class ConvolutionalDecoder(Decoder):
         self.output = nn.Conv2d(hidden, target.channels, 3, padding=1)
 
     def _reconstruct(self, h: Tensor) -> Tensor:
-        x = self.reduce(self.source.to_grid(h).permute(0, 3, 1, 2))
+        x = self.reduce(rearrange(self.source.to_grid(h), "b h w c -> b c h w"))
         x = F.interpolate(x, scale_factor=self.upsample, mode="nearest")
-        return self.output(F.relu(self.norm(self.convolution(x)))).permute(0, 2, 3, 1)
+        return rearrange(self.output(F.relu(self.norm(self.convolution(x)))), "b c h w -> b h w c")
 
     def forward(self, h: Tensor) -> Tensor:
         return self._reconstruct(h)[:, : self.target.height, : self.target.width]

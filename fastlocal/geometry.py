@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 
@@ -37,8 +38,8 @@ class Geometry:
         if self.layout == "NHWC":
             return x
         if self.layout in ("NCHW", "image"):
-            return x.permute(0, 2, 3, 1)
-        return x[:, self.prefix :].unflatten(1, (self.height, self.width))
+            return rearrange(x, "b c h w -> b h w c")
+        return rearrange(x[:, self.prefix :], "b (h w) c -> b h w c", h=self.height)
 
 
 def upsampling(source: Geometry, target: Geometry) -> int:

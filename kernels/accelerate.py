@@ -7,6 +7,7 @@ with their own parameters, and giving a layer its former class back restores it.
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 from torch import nn
@@ -35,6 +36,8 @@ def accelerate(model: nn.Module) -> int:
             model is unchanged then.
         ImportError: timm is not installed.
     """
+    if importlib.util.find_spec("timm") is None:
+        raise ImportError("accelerate swaps timm's layers and needs timm, which is not installed: pip install timm.")
     layers = [(name, layer, swaps) for name, layer in model.named_modules() if (swaps := _swaps(layer))]
     if not layers:
         raise ValueError(

@@ -54,6 +54,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
     except KeyboardInterrupt:
         return _told("interrupted.", INTERRUPTED)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "fastlocal"):
+            raise
+        return _told(
+            f"this needs {package}, which is not installed; install fastlocal with its dependencies (pip without "
+            "--no-deps).",
+            UserError.exit_code,
+        )
     except MemoryError:
         return _told("there is not enough memory.", UserError.exit_code)
     except ValueError as error:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from fastlocal.backbones.backbone import Backbone
@@ -174,7 +175,7 @@ def pooling(model: Any, image: Image) -> Backbone:
 
     def join(i: int, x: Tensor, class_tokens: Tensor) -> Tensor:
         sizes[i] = x.shape[2:]
-        return model.transformers[i].norm(torch.cat((class_tokens, x.flatten(2).transpose(1, 2)), dim=1))
+        return model.transformers[i].norm(torch.cat((class_tokens, rearrange(x, "b c h w -> b (h w) c")), dim=1))
 
     def stem(images: Tensor) -> Tensor:
         x = model.pos_drop(model.patch_embed(images) + model.pos_embed)
@@ -182,7 +183,7 @@ def pooling(model: Any, image: Image) -> Backbone:
 
     def transition(i: int) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
-            patches = x[:, prefix:].transpose(1, 2).unflatten(2, sizes[i - 1])
+            patches = rearrange(x[:, prefix:], "b (h w) c -> b c h w", h=sizes[i - 1][0])
             return join(i, *model.transformers[i].pool(patches, x[:, :prefix]))
 
         return run
@@ -215,7 +216,7 @@ def coat(model: Any, image: Image) -> Backbone:
         def run(x: Tensor) -> Tensor:
             if i > 1:  # the class token of a stage ends with it
                 size = getattr(model, f"patch_embed{i - 1}").grid_size
-                x = x[:, 1:].transpose(1, 2).unflatten(2, size).contiguous()
+                x = rearrange(x[:, 1:], "b (h w) c -> b c h w", h=size[0]).contiguous()
             x = embed(x)
             return torch.cat((getattr(model, f"cls_token{i}").expand(len(x), -1, -1), x), dim=1)
 

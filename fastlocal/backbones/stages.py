@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+from einops import rearrange
 from torch import Tensor, nn
 
 from fastlocal.backbones.backbone import Backbone
@@ -132,7 +133,7 @@ def levit(model: Any, image: Image) -> Backbone:
 
     def stem(images: Tensor) -> Tensor:
         x = model.stem(images)
-        return x if model.use_conv else x.flatten(2).transpose(1, 2)
+        return x if model.use_conv else rearrange(x, "b c h w -> b (h w) c")
 
     return Backbone(stem, blocks, model.forward_head, image, model=model, stages=starts, layout="NCHW")
 
@@ -144,7 +145,11 @@ def metaformer(model: Any, image: Image) -> Backbone:
     starts: list[int] = []
 
     def on_tokens(block: nn.Module) -> Callable[[Tensor], Tensor]:
-        return lambda x: block(x.flatten(2).transpose(1, 2)).transpose(1, 2).unflatten(2, x.shape[2:])
+        def run(x: Tensor) -> Tensor:
+            tokens = block(rearrange(x, "b c h w -> b (h w) c"))
+            return rearrange(tokens, "b (h w) c -> b c h w", h=x.shape[2])
+
+        return run
 
     for stage in model.stages:
         starts.append(len(blocks))
