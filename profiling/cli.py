@@ -7,7 +7,7 @@ import importlib
 import sys
 from typing import NoReturn
 
-from fastlocal.train.config import UserError
+from fastlocal.train.errors import UserError
 
 # Subcommand -> (module with ``main(argv) -> exit code``, what ``--help`` says about it).
 SUBCOMMANDS = {

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from fastlocal.profiling.results import RESULTS
-from fastlocal.train.config import OBJECTIVES, UserError
+from fastlocal.train.errors import UserError
+from fastlocal.train.options.learning import OBJECTIVES
 
 STEPS, ROUNDED, TOLERANCE = 50, 5, 1e-3
 _VIT = {"patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any, cast
 
 import timm
@@ -15,7 +14,9 @@ from torch import nn
 import fastlocal
 from fastlocal.backbones import backbone
 from fastlocal.kernels.dispatch import why_not_triton
-from fastlocal.train.config import GEOMETRY, TrainConfig, UserError, nearest
+from fastlocal.train.config import TrainConfig
+from fastlocal.train.errors import UserError, nearest
+from fastlocal.train.recipes import GEOMETRY
 
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
 FAMILIES = ["swin*", "vit*", "deit*", "beit*", "eva02*"]
@@ -49,17 +50,17 @@ def build_device(config: TrainConfig) -> torch.device:
     Raises:
         UserError: there is no such device, or its kernels cannot be the ones asked for.
     """
-    if config.device == "auto":
+    if config.memory.device == "auto":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     else:
         try:
-            device = torch.device(config.device)
+            device = torch.device(config.memory.device)
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
-            raise UserError(f"--device {config.device} cannot be used: {reason}.") from None
+            raise UserError(f"--device {config.memory.device} cannot be used: {reason}.") from None
     obstacle = why_not_triton(device)
-    if config.kernels == "triton" and obstacle is not None:
+    if config.memory.kernels == "triton" and obstacle is not None:
         raise UserError(f"--kernels triton was asked for, but {obstacle[0].lower()}{obstacle[1:]}")
     return device
 
@@ -82,29 +83,33 @@ def build_model(
         UserError: the architecture is not supported, refuses an argument, does not fit the image size, or there are no
             such weights.
     """
-    arguments = {"drop_path_rate": config.drop_path, **config.model_kwargs, **input_arguments(config, image_size)}
-    if start and config.pretrained:
+    arguments = {
+        "drop_path_rate": config.model.drop_path,
+        **config.model.model_kwargs,
+        **input_arguments(config, image_size),
+    }
+    if start and config.model.pretrained:
         arguments["pretrained"] = True
     arguments |= weights or {}
     try:
-        model = _create(config.model, classes, arguments)
+        model = _create(config.model.name, classes, arguments)
     except Exception as error:  # timm checks its arguments with whatever the layers raise
-        backbone(timm.create_model(config.model))  # an unsupported architecture is the better explanation
+        backbone(timm.create_model(config.model.name))  # an unsupported architecture is the better explanation
         given = " ".join(f"{name}={value}" for name, value in arguments.items() if name != "pretrained_cfg_overlay")
         raise UserError(
-            f"--model {config.model} cannot be built with {given}: {' '.join(str(error).split()).rstrip('.')}."
+            f"--model {config.model.name} cannot be built with {given}: {' '.join(str(error).split()).rstrip('.')}."
         ) from None
     cast(Any, model).pretrained_cfg.pop("state_dict", None)  # weights that were loaded would be kept twice
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", 1)
     patch = (patch, patch) if isinstance(patch, int) else patch
     if any(side % step for side, step in zip(image_size, patch, strict=True)):
         raise UserError(
-            f"--model {config.model} does not fit images of {pixels(image_size)} pixels, which is no multiple of its patch"
+            f"--model {config.model.name} does not fit images of {pixels(image_size)} pixels, which is no multiple of its patch"
             f" size, {max(patch)}; change either with --img-size or --model-kwargs patch_size=…."
         )
     backbone(model)  # refuses an unsupported architecture
-    if not config.model_kwargs.keys() & GEOMETRY and config.img_size is None:
-        _check_geometry(config.model, model, image_size)
+    if not config.model.model_kwargs.keys() & GEOMETRY and config.model.img_size is None:
+        _check_geometry(config.model.name, model, image_size)
     return model
 
 
@@ -141,7 +146,7 @@ def _check_geometry(name: str, model: nn.Module, image_size: tuple[int, int]) ->
 def input_arguments(config: TrainConfig, image_size: tuple[int, int]) -> dict[str, Any]:
     """The arguments of ``timm.create_model`` that say what the model sees."""
     square = image_size[0] == image_size[1]
-    channels = {"in_chans": config.in_chans} if config.in_chans != 3 else {}
+    channels = {"in_chans": config.model.in_chans} if config.model.in_chans != 3 else {}
     return {"img_size": image_size[0] if square else image_size, **channels}
 
 
@@ -176,19 +181,21 @@ def build_trainer(
         UserError: an unknown optimizer; the nearest name is suggested.
         ValueError: what the engine refuses, such as more modules than blocks.
     """
-    checked = cast(Any, config)  # TrainConfig knows the choices that the engine's types spell out
+    checked = cast(Any, config.memory)  # MemoryOptions knows the choices that the engine's types spell out
     return fastlocal.LocalTrainer(
         model,
-        modules=config.modules if isinstance(config.modules, int | str) else list(config.modules),
-        objective=config.objective,
-        micro_batch=config.micro_batch,
+        modules=config.learning.modules
+        if isinstance(config.learning.modules, int | str)
+        else list(config.learning.modules),
+        objective=config.learning.objective,
+        micro_batch=config.memory.micro_batch,
         recompute=checked.recompute,
         residency=checked.residency,
         boundaries=checked.boundaries,
         weights=checked.weights,
-        prefetch=config.prefetch,
+        prefetch=config.memory.prefetch,
         normalize=normalize,
-        compile=(config.torchcompile_mode or True) if config.torchcompile else False,
+        compile=(config.memory.torchcompile_mode or True) if config.memory.torchcompile else False,
         **unplanned_options(config, device),
     )
 
@@ -199,66 +206,65 @@ def follow_plan(config: TrainConfig, model: nn.Module, device: torch.device) -> 
     Raises:
         ValueError: nothing fits, or the memory is not a size.
     """
-    assert config.memory is not None
-    if config.torchcompile:
+    assert config.memory.budget is not None
+    if config.memory.torchcompile:
         print("planning: what compiled modules need beyond eager ones is not in the plan", file=sys.stderr)
     plan = fastlocal.plan(
         model,
-        batch_size=config.batch_size,
-        memory=config.memory,
-        objective=config.objective,
+        batch_size=config.optimization.batch_size,
+        memory=config.memory.budget,
+        objective=config.learning.objective,
         **planned_for(config),
         **unplanned_options(config, device),
     )
     chosen = plan.arguments()
-    return replace(config, **{**chosen, "modules": plan.cuts or 1})
+    return config.changed(**{**chosen, "modules": plan.cuts or 1})
 
 
 def planned_for(config: TrainConfig) -> dict[str, Any]:
     """The arguments of `fastlocal.plan` that say what a plan must leave room for, and who hears of the progress."""
     return {
-        "reserve": config.reserve,
-        "host_memory": config.host_memory,
-        "image_dtype": torch.float32
-        if config.mixup or config.cutmix
-        else torch.uint8,  # mixed images are not whole numbers
+        "reserve": config.memory.reserve,
+        "host_memory": config.memory.host_memory,
+        "image_dtype": torch.float32 if config.augmentation.mixes else torch.uint8,  # mixed images are no whole numbers
         "say": lambda text: print(f"planning: {text}", file=sys.stderr),
     }
 
 
 def unplanned_options(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     """The arguments of `LocalTrainer` that a plan leaves alone."""
+    learning, settings = config.learning, config.optimization
     known = [str(name) for name in list_optimizers()]
-    if config.opt not in known:
-        raise UserError(f"--opt {config.opt!r} is not known to timm{nearest(config.opt, known)}")
+    if settings.opt not in known:
+        raise UserError(f"--opt {settings.opt!r} is not known to timm{nearest(settings.opt, known)}")
 
     def optimizer(groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
         return create_optimizer_v2(
-            groups, opt=config.opt, lr=config.lr, weight_decay=config.weight_decay, momentum=config.momentum
+            groups, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum
         )
 
     return {
-        "decoder": config.decoder,
+        "decoder": learning.decoder,
         "optimizer": optimizer,
-        "first_target": config.first_target,
-        "reconstruction": config.reconstruction,
-        "normalize_target": config.normalize_target,
-        "regularizer_weight": config.regularizer_weight,
-        "classification_weight": config.classification_weight,
-        "lookahead": config.lookahead,
+        "first_target": learning.first_target,
+        "reconstruction": learning.reconstruction,
+        "normalize_target": learning.normalize_target,
+        "regularizer_weight": learning.regularizer_weight,
+        "classification_weight": learning.classification_weight,
+        "lookahead": learning.lookahead,
         "amp_dtype": _amp_dtype(config, device),
-        "clip_grad": config.clip_grad,
-        "label_smoothing": 0.0 if config.mixup or config.cutmix else config.smoothing,  # mixup smooths its own labels
-        "ema_decay": config.model_ema_decay if config.model_ema else None,
-        "kernels": config.kernels,
+        "clip_grad": settings.clip_grad,
+        "label_smoothing": 0.0 if config.augmentation.mixes else settings.smoothing,  # mixup smooths its own labels
+        "ema_decay": settings.model_ema_decay if settings.model_ema else None,
+        "kernels": config.memory.kernels,
         "device": device,
     }
 
 
 def _amp_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
-    if not config.amp:
+    if not config.memory.amp:
         return None
-    if config.amp_dtype != "auto":
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16}[config.amp_dtype]
+    if config.memory.amp_dtype != "auto":
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16}[config.memory.amp_dtype]
     native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float16

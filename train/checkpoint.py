@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 import fastlocal
-from fastlocal.train.config import UserError, printable, shown
+from fastlocal.train.errors import UserError, printable, shown
 
 FORMAT = 3
 LARGEST_WEIGHT = 1e7  # no trained transformer comes near; a run that does has diverged

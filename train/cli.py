@@ -18,11 +18,14 @@ import json
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING
 from typing import Any, NoReturn
 
 import fastlocal
-from fastlocal.train.config import SEVERAL, TrainConfig, UserError, nearest, printable, read_file, shown
+from fastlocal.train.config import GROUPS, OPTIONS, TrainConfig
+from fastlocal.train.errors import UserError, nearest, printable, shown
+from fastlocal.train.options.files import read_file
+from fastlocal.train.options.values import SEVERAL, flag
 from fastlocal.train.signals import INTERRUPTED, end_at_once
 
 
@@ -298,20 +301,35 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _add_options(parser: _Parser, only: Sequence[str] | None = None) -> None:
-    """A flag for each field of `TrainConfig`. Its text is read by `TrainConfig`, as a file's values are."""
-    for option in fields(TrainConfig):
-        if only is not None and option.name not in only:
+    """A flag for each option of `TrainConfig`. Its text is read by `TrainConfig`, as a file's values are."""
+    groups = {}
+    for name, (group, option) in OPTIONS.items():
+        if only is not None and name not in only:
             continue
-        flag, settings = f"--{option.name.replace('_', '-')}", {"help": option.metadata["help"]}
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group, GROUPS[group].__doc__)
+        help = option.metadata["help"]
+        if not (option.default is None or option.default is False or "default:" in help):
+            help += f" (default: {_written(option.default)})".replace("%", "%%")
         if isinstance(option.default, bool):
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, **settings)
-        elif option.name == "model_kwargs":
-            parser.add_argument(flag, nargs="+", metavar="NAME=VALUE", **settings)
-        elif option.metadata["parse"] in SEVERAL:
-            parser.add_argument(flag, nargs="+", metavar="VALUE", **settings)
+            groups[group].add_argument(
+                flag(name), action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=help
+            )
         else:
-            choices = option.metadata["choices"]
-            parser.add_argument(flag, metavar="|".join(choices) or option.name.upper(), **settings)
+            several = option.metadata["parse"] in SEVERAL
+            form = "NAME=VALUE" if name == "model_kwargs" else "VALUE" if several else name.upper()
+            metavar = "|".join(option.metadata["choices"]) or form
+            groups[group].add_argument(flag(name), nargs="+" if several else None, metavar=metavar, help=help)
+
+
+def _written(default: Any) -> str:
+    """A default as one would type it."""
+    if default is MISSING or default == "":
+        return "none"
+    if default is True:
+        return "on"
+    values = default if isinstance(default, tuple) else (default,)
+    return " ".join(f"{value:.4g}" if isinstance(value, float) else str(value) for value in values)
 
 
 def _print_help(commands: dict[str, importlib.metadata.EntryPoint]) -> None:

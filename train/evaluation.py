@@ -16,8 +16,9 @@ from torch import Tensor
 import fastlocal
 from fastlocal.train import checkpoint as checkpoints
 from fastlocal.train.build import build_device, build_model, build_trainer
-from fastlocal.train.config import TrainConfig, UserError, printable
+from fastlocal.train.config import TrainConfig
 from fastlocal.train.data import Preprocessing, Split, read_validation
+from fastlocal.train.errors import UserError, printable
 from fastlocal.train.export import load_run
 from fastlocal.train.sheet import contact_sheet
 
@@ -102,10 +103,13 @@ def open_saved(path: str | Path, **changes: Any) -> Saved:
 
     def infer(images: Tensor) -> Tensor:
         images = images.to(device, non_blocking=True)
-        logits = [trainer.predict(images, ema=ema).float() for ema in ((False, True) if config.model_ema else (False,))]
+        logits = [
+            trainer.predict(images, ema=ema).float()
+            for ema in ((False, True) if config.optimization.model_ema else (False,))
+        ]
         return torch.cat(logits).cpu()
 
-    exits = (*trainer.exit_names, *(["moving average"] if config.model_ema else []))
+    exits = (*trainer.exit_names, *(["moving average"] if config.optimization.model_ema else []))
     return Saved(path, config, settings, classes, exits, infer)
 
 
@@ -146,7 +150,9 @@ def evaluate_saved(path: str | Path, report: str | Path | None = None, **changes
     split, notes = read_validation(saved.config, settings)
     loss, correct, top5 = (torch.zeros(len(saved.exits), dtype=torch.float64) for _ in range(3))
     last, labels = [], []
-    for images, targets in split.batches(list(torch.arange(len(split)).split(saved.config.batch_size)), None):
+    for images, targets in split.batches(
+        list(torch.arange(len(split)).split(saved.config.optimization.batch_size)), None
+    ):
         logits = saved.infer(images)
         for k, of_exit in enumerate(logits):
             loss[k] += F.cross_entropy(of_exit, targets, reduction="sum")
@@ -171,7 +177,7 @@ def evaluate_saved(path: str | Path, report: str | Path | None = None, **changes
         _write_report(Path(report), saved, split, per_class, confusion, probabilities, truth)
     return {
         "checkpoint": str(saved.path),
-        "data": saved.config.data,
+        "data": saved.config.data.name,
         "images": len(split),
         "exits": list(saved.exits),
         "accuracy": (correct / len(split)).tolist(),
@@ -234,6 +240,10 @@ def _mistakes(saved: Saved, split: Split, probabilities: Tensor, truth: Tensor) 
     order = torch.where(answer != truth, sure, -1).argsort(descending=True)[: int((answer != truth).sum())][:MISTAKES]
     if not len(order):
         return contact_sheet([], [])
-    images = [image for batch, _ in split.batches(list(order.split(saved.config.batch_size)), None) for image in batch]
+    images = [
+        image
+        for batch, _ in split.batches(list(order.split(saved.config.optimization.batch_size)), None)
+        for image in batch
+    ]
     captions = [f"{saved.classes[truth[i]]}: {saved.classes[answer[i]]} {100 * sure[i]:.0f} %" for i in order.tolist()]
     return contact_sheet(images, captions)

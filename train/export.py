@@ -13,8 +13,9 @@ from torch import nn
 
 from fastlocal.train.build import input_arguments
 from fastlocal.train.checkpoint import write_atomically
-from fastlocal.train.config import TrainConfig, UserError, printable
+from fastlocal.train.config import TrainConfig
 from fastlocal.train.data import Preprocessing
+from fastlocal.train.errors import UserError, printable
 
 
 def local_dir_configuration(config: TrainConfig, preprocessing: Preprocessing, classes: Sequence[str]) -> bytes:
@@ -22,7 +23,7 @@ def local_dir_configuration(config: TrainConfig, preprocessing: Preprocessing, c
 
     Label names, mean, std, crop and interpolation are where timm looks for them.
     """
-    architecture = config.model.partition(".")[0]
+    architecture = config.model.name.partition(".")[0]
     known = timm.get_pretrained_cfg(architecture, allow_unregistered=True)
     names = {"first_conv": known.first_conv, "classifier": known.classifier} if known else {}
     content = {

@@ -39,10 +39,12 @@ from fastlocal.train.build import (
     pixels,
     pretrained_configuration,
 )
-from fastlocal.train.config import TrainConfig, UserError, to_yaml
+from fastlocal.train.config import TrainConfig, to_yaml
 from fastlocal.train.data import differences, read, training_indices
+from fastlocal.train.errors import UserError
 from fastlocal.train.evaluation import Measured, validate
 from fastlocal.train.export import local_dir_configuration
+from fastlocal.train.options.values import flag
 from fastlocal.train.report import Report, peak_memory
 from fastlocal.train.run_folder import RunFolder, SaveError, default_name
 from fastlocal.train.signals import StopRequest
@@ -134,8 +136,8 @@ def resume(folder: str | Path, **changes: Any) -> Summary:
         if missing:
             raise UserError(f"{last} is of another version of fastlocal, without the options {', '.join(missing)}.")
         for name in changes:
-            if name not in RESUMABLE and getattr(config, name) != getattr(TrainConfig.of(**kept), name):
-                raise UserError(f"--{name.replace('_', '-')} cannot change on --resume; start a new run to change it.")
+            if name not in RESUMABLE and config.get(name) != TrainConfig.of(**kept).get(name):
+                raise UserError(f"{flag(name)} cannot change on --resume; start a new run to change it.")
         return _Run(config, opened, saved).train()
     finally:
         opened.close()  # what was refused leaves the folder to others
@@ -162,16 +164,18 @@ class _Run:
         self, config: TrainConfig, folder: RunFolder | None = None, saved: dict[str, Any] | None = None
     ) -> None:
         self.config, self.device, self.progress = config, build_device(config), Progress()
-        start = read_start(config.initial_checkpoint) if config.initial_checkpoint and saved is None else None
-        known = {**pretrained_configuration(config.model), **(start.preprocessing if start else {})}
+        start = (
+            read_start(config.model.initial_checkpoint) if config.model.initial_checkpoint and saved is None else None
+        )
+        known = {**pretrained_configuration(config.model.name), **(start.preprocessing if start else {})}
         self.data = read(config, known, saved)
         self.training, self.validation, self.classes = self.data.training, self.data.validation, self.data.classes
         self.preprocessing = self.data.preprocessing
-        self.steps = max(len(self.training) // config.batch_size, 1)
+        self.steps = max(len(self.training) // config.optimization.batch_size, 1)
 
-        random.seed(config.seed)
-        np.random.seed(config.seed % 2**32)
-        torch.manual_seed(config.seed)
+        random.seed(config.optimization.seed)
+        np.random.seed(config.optimization.seed % 2**32)
+        torch.manual_seed(config.optimization.seed)
         about = (config, len(self.classes), self.preprocessing.image_size)
         self.model = build_model(*about, start=saved is None)
         self.started: str | None = None
@@ -179,7 +183,7 @@ class _Run:
         if start is not None:
             weights, self.started = fitted(start, self.model, self.classes)
             self.model = build_model(*about, weights=weights)
-        if config.memory is not None and saved is None:
+        if config.memory.budget is not None and saved is None:
             self.config = config = follow_plan(config, self.model, self.device)
         self.trainer = build_trainer(config, self.model, self.device, self.preprocessing.normalize)
         self.mixup = _mixup(config, len(self.classes))
@@ -193,7 +197,7 @@ class _Run:
         else:
             self.folder = folder
             before = saved["config"]["epochs"]
-            self.stretched = before if before != config.epochs else None
+            self.stretched = before if before != config.optimization.epochs else None
             self._restore(saved)
 
     def _new_folder(self) -> RunFolder:
@@ -202,12 +206,12 @@ class _Run:
         if problem is not None:
             raise UserError(f"the weights that the run would start from are of no use: {problem}.")
         config = self.config
-        folder = RunFolder.create(Path(config.output))
+        folder = RunFolder.create(Path(config.reports.output))
         try:
             folder.write("config.yaml", lambda file: file.write(to_yaml(config).encode()))
             folder.commit(self._state())
-            name = config.experiment or default_name(config.data, config.objective)
-            folder.publish(name, unique=bool(config.experiment))
+            name = config.reports.experiment or default_name(config.data.name, config.learning.objective)
+            folder.publish(name, unique=bool(config.reports.experiment))
         except BaseException:
             folder.discard()
             raise
@@ -235,13 +239,15 @@ class _Run:
         shapes |= {"gradient_norm": (modules,), "skipped": (modules,)}
         found = {name: tuple(total.shape) for name, total in progress.totals.items()}
         if (
-            progress.epoch > self.config.epochs
+            progress.epoch > self.config.optimization.epochs
             or progress.position > self.steps
             or progress.best_epoch > progress.epoch
             or found != (shapes if progress.position else {})
             or len(progress.accuracy) != (exits if progress.epoch else 0)
         ):
-            raise UserError(f"{path} stands at a place that this run of {self.config.epochs} epochs never comes to.")
+            raise UserError(
+                f"{path} stands at a place that this run of {self.config.optimization.epochs} epochs never comes to."
+            )
 
     def _state(self) -> dict[str, Any]:
         """What `--resume` goes on from."""
@@ -273,7 +279,7 @@ class _Run:
         report = Report(config, self.folder.path, self.steps, progress.epoch)
         resume = f"fastlocal train --resume {shlex.quote(str(self.folder.path))}"
         with StopRequest() as stop, report:
-            self.folder.retry_for(config.save_retry, report.say, stop)
+            self.folder.retry_for(config.reports.save_retry, report.say, stop)
             for line in self._header():
                 report.say(line)
             try:
@@ -281,7 +287,7 @@ class _Run:
                     report.say(f"metrics.jsonl has lost its rows of epochs {self.lost_rows}")
                 if progress.best_epoch == progress.epoch > 0 and progress.position == 0:
                     self._write_best(self._state())  # the process that came this far may have ended before it had
-                while progress.epoch < config.epochs:
+                while progress.epoch < config.optimization.epochs:
                     measured = self._validate(stop) if self._train_epoch(report, stop) else None
                     if measured is None:
                         self.folder.commit(self._state())
@@ -305,24 +311,26 @@ class _Run:
             epochs=progress.epoch,
             accuracy=tuple(progress.accuracy),
             best_accuracy=progress.best_accuracy,
-            interrupted=progress.epoch < config.epochs,
-            exit_code=stop.exit_code if progress.epoch < config.epochs else 0,
+            interrupted=progress.epoch < config.optimization.epochs,
+            exit_code=stop.exit_code if progress.epoch < config.optimization.epochs else 0,
         )
 
     def _train_epoch(self, report: Report, stop: StopRequest) -> bool:
         """Train the rest of the epoch; False if stopped before its end."""
         config, progress = self.config, self.progress
-        order = training_indices(len(self.training), config.batch_size, config.seed, progress.epoch)
+        order = training_indices(
+            len(self.training), config.optimization.batch_size, config.optimization.seed, progress.epoch
+        )
         seconds, begun = progress.seconds, time.perf_counter()
         with contextlib.closing(self.training.batches(order[progress.position :], progress.epoch)) as batches:
             for images, labels in stop.until(batches):
                 self._step(images, labels)
                 progress.seconds = seconds + time.perf_counter() - begun
-                done = progress.position * config.batch_size
+                done = progress.position * config.optimization.batch_size
                 report.step(progress.epoch + 1, progress.position, self.last_loss, done / progress.seconds)
                 if progress.position % CHECK_EVERY == 0:
                     self._check_losses()
-                if config.recovery_interval and progress.position % config.recovery_interval == 0:
+                if config.reports.recovery_interval and progress.position % config.reports.recovery_interval == 0:
                     self.folder.commit(self._state())
         if progress.position < self.steps:
             return False
@@ -369,7 +377,9 @@ class _Run:
             if count:
                 sentence = f"module {module} skipped {count} of {self.steps} steps: its gradients are not finite"
                 searching = self.trainer.scaler.is_enabled() and self.trainer.steps <= SEARCH
-                if count == self.steps and not (searching and self.progress.epoch + 1 < self.config.epochs):
+                if count == self.steps and not (
+                    searching and self.progress.epoch + 1 < self.config.optimization.epochs
+                ):
                     raise DivergedError(
                         f"{sentence}; lower --lr, set --clip-grad, or with --amp try --amp-dtype bfloat16. What was"
                         f" trained before is in {self.folder.path}."
@@ -379,9 +389,9 @@ class _Run:
     def _validate(self, stop: StopRequest) -> list[Measured] | None:
         """Measure every exit, and the moving average if there is one; None if stopped before the end."""
         measured = []
-        for ema in (False, True) if self.config.model_ema else (False,):
+        for ema in (False, True) if self.config.optimization.model_ema else (False,):
             result = validate(
-                *(self.trainer, self.validation, self.config.batch_size, self.device),
+                *(self.trainer, self.validation, self.config.optimization.batch_size, self.device),
                 ema=ema,
                 until=stop.until,
             )
@@ -412,7 +422,7 @@ class _Run:
             "seconds": progress.seconds,
             "peak_memory_bytes": peak_memory(self.device),
         }
-        if self.config.model_ema:
+        if self.config.optimization.model_ema:
             row["ema_validation_loss"], row["ema_validation_accuracy"] = measured[1].loss[-1], measured[1].accuracy[-1]
         exported = measured[-1].accuracy[-1]
         self.folder.add_row(row)
@@ -431,7 +441,7 @@ class _Run:
         state = self.trainer.ema_state_dict() or self.model.state_dict()
         metadata = {
             "format": "pt",
-            "model": self.config.model,
+            "model": self.config.model.name,
             "model_kwargs": json.dumps(
                 {**self.config.to_dict()["model_kwargs"], **input_arguments(self.config, self.preprocessing.image_size)}
             ),
@@ -446,44 +456,50 @@ class _Run:
     def _header(self) -> Iterator[str]:
         config, parameters = self.config, sum(p.numel() for p in self.model.parameters())
         size = pixels(self.preprocessing.image_size)
-        yield f"data     {config.data}: {len(self.training)} + {len(self.validation)} images, {size} pixels"
+        yield f"data     {config.data.name}: {len(self.training)} + {len(self.validation)} images, {size} pixels"
         for note in self.data.notes:
             yield f"         {note}"
-        if config.data == "synthetic":
+        if config.data.name == "synthetic":
             yield "         random images: only the throughput and the memory mean anything"
-        yield f"model    {config.model}, {parameters / 1e6:.2f} M parameters"
+        yield f"model    {config.model.name}, {parameters / 1e6:.2f} M parameters"
         if self.started is not None:
             yield f"start    {self.started}"
-        decoder = f" with decoder {config.decoder}" if config.objective in ("feature", "image") else ""
-        yield f"learning {config.objective}{decoder}, {len(self.trainer.modules)} modules"
+        decoder = (
+            f" with decoder {config.learning.decoder}" if config.learning.objective in ("feature", "image") else ""
+        )
+        yield f"learning {config.learning.objective}{decoder}, {len(self.trainer.modules)} modules"
         if self.stretched is not None:
-            yield f"schedule {config.sched}, now to the end of epoch {config.epochs}, before {self.stretched}"
+            optimization = config.optimization
+            yield f"schedule {optimization.sched}, now to the end of epoch {optimization.epochs}, before {self.stretched}"
         yield f"device   {self.device}"
         yield f"run      {self.folder.path}"
 
 
 def _mixup(config: TrainConfig, classes: int) -> Mixup | None:
-    if not (config.mixup or config.cutmix):
+    if not (config.augmentation.mixup or config.augmentation.cutmix):
         return None
     return Mixup(
-        mixup_alpha=config.mixup, cutmix_alpha=config.cutmix, label_smoothing=config.smoothing, num_classes=classes
+        mixup_alpha=config.augmentation.mixup,
+        cutmix_alpha=config.augmentation.cutmix,
+        label_smoothing=config.optimization.smoothing,
+        num_classes=classes,
     )
 
 
 def _schedules(config: TrainConfig, trainer: fastlocal.LocalTrainer, steps: int) -> list[Any]:
     """One learning-rate schedule per module, stepped after each training step; none for ``--sched none``."""
-    if config.sched == "none":
+    if config.optimization.sched == "none":
         return []
     return [
         create_scheduler_v2(
             optimizer,
-            sched=config.sched,
-            num_epochs=config.epochs,
-            warmup_epochs=cast(Any, config.warmup_epochs),  # timm takes fractions too
-            warmup_lr=config.warmup_lr,
-            min_lr=config.min_lr,
-            decay_epochs=config.decay_epochs,
-            decay_rate=config.decay_rate,
+            sched=config.optimization.sched,
+            num_epochs=config.optimization.epochs,
+            warmup_epochs=cast(Any, config.optimization.warmup_epochs),  # timm takes fractions too
+            warmup_lr=config.optimization.warmup_lr,
+            min_lr=config.optimization.min_lr,
+            decay_epochs=config.optimization.decay_epochs,
+            decay_rate=config.optimization.decay_rate,
             step_on_epochs=False,
             updates_per_epoch=steps,
         )[0]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -13,7 +12,9 @@ from rich.table import Table
 
 from fastlocal.planner import NOMINAL, Candidate, Plan, Search, format_bytes, search
 from fastlocal.train.build import build_device, build_model, planned_for, pretrained_configuration, unplanned_options
-from fastlocal.train.config import TrainConfig, UserError
+from fastlocal.train.config import OPTIONS, TrainConfig
+from fastlocal.train.errors import UserError
+from fastlocal.train.options.values import flag
 
 WIDTH = 80  # of a terminal that nobody has widened
 
@@ -28,18 +29,18 @@ def make_plan(config: TrainConfig, objective: str | None) -> Search:
         UserError: no memory is given, or a name is not known.
         ValueError: what the planner refuses.
     """
-    if config.memory is None:
+    if config.memory.budget is None:
         raise UserError("--memory is missing: give the card's, such as --memory 4GiB.")
     with torch.device("meta"):
-        height, width = pretrained_configuration(config.model)["input_size"][-2:]
-        model = build_model(config, 1000, config.img_size or (height, width))
+        height, width = pretrained_configuration(config.model.name)["input_size"][-2:]
+        model = build_model(config, 1000, config.model.img_size or (height, width))
     options = unplanned_options(config, build_device(config))
-    if config.device == "auto" and not torch.cuda.is_available():
+    if config.memory.device == "auto" and not torch.cuda.is_available():
         del options["device"]  # a plan on a machine without a card is for one with a card
     return search(
         model,
-        batch_size=config.batch_size,
-        budget=config.memory,
+        batch_size=config.optimization.batch_size,
+        budget=config.memory.budget,
         objective=objective,
         **planned_for(config),
         **options,
@@ -105,19 +106,18 @@ _PASSED_ON = (
 def command(plan: Plan, config: TrainConfig) -> str:
     """A complete ``fastlocal train`` command that follows ``plan``; it runs as it is, on random images."""
     words = ["fastlocal train --data synthetic"]
-    for option in fields(TrainConfig):
-        value = getattr(config, option.name)
-        given = value != option.default and value != {}
-        if option.name not in _PASSED_ON or (not given and option.name != "model"):
+    for option, (_, entry) in OPTIONS.items():
+        value = config.get(option)
+        given = value != entry.default and value != {}
+        if option not in _PASSED_ON or (not given and option != "model"):
             continue
-        flag = f"--{option.name.replace('_', '-')}"
-        if option.name == "model_kwargs":
-            words.append(" ".join([flag, *(shlex.quote(f"{name}={entry}") for name, entry in value.items())]))
+        if option == "model_kwargs":
+            words.append(" ".join([flag(option), *(shlex.quote(f"{name}={value}") for name, value in value.items())]))
         else:
-            words.append(flag if value is True else f"{flag} {shlex.quote(_text(value))}")
+            words.append(flag(option) if value is True else f"{flag(option)} {shlex.quote(_text(value))}")
     cuts = ",".join(map(str, plan.cuts)) + "," * (len(plan.cuts) == 1)  # "8," is a cut, and 8 a number of modules
-    for name, entry in {**plan.arguments(), "modules": cuts or 1, "batch_size": plan.batch_size}.items():
-        words.append(f"--{name.replace('_', '-')} {entry}")
+    for name, value in {**plan.arguments(), "modules": cuts or 1, "batch_size": plan.batch_size}.items():
+        words.append(f"{flag(name)} {value}")
     lines = [words[0]]
     for word in words[1:]:
         if len(lines[-1]) + len(word) + 3 > WIDTH:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlocal.train.config import UserError, printable
 from fastlocal.train.data.listing import list_pictures, told
 from fastlocal.train.data.picture import read_picture
+from fastlocal.train.errors import UserError, printable
 from fastlocal.train.evaluation import Saved, open_saved
 
 CONFIDENCE = 0.9  # probability at which ``exit="auto"`` goes no deeper
@@ -54,8 +54,8 @@ def predict(
     if isinstance(exit, int) and not 1 <= exit <= exits:
         raise UserError(f"--exit must be auto or from 1 to {exits} for this run, got {exit}.")
     paths = list(_paths(images))
-    for start in range(0, len(paths), saved.config.batch_size):
-        part = paths[start : start + saved.config.batch_size]
+    for start in range(0, len(paths), saved.config.optimization.batch_size):
+        part = paths[start : start + saved.config.optimization.batch_size]
         yield from _answers(saved, part, _chosen(saved, _read(saved, part), exit), min(top_k, len(saved.classes)))
 
 

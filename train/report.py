@@ -11,7 +11,8 @@ from typing import IO, Any, cast
 
 import torch
 
-from fastlocal.train.config import TrainConfig, UserError, printable
+from fastlocal.train.config import TrainConfig
+from fastlocal.train.errors import UserError, printable
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -85,7 +86,7 @@ class Report:
     def __init__(self, config: TrainConfig, folder: Path, steps: int, epoch: int) -> None:
         self.config, self.steps, self._voice = config, steps, Voice()
         self._tensorboard = self._progress = None
-        if config.log == "tensorboard":
+        if config.reports.log == "tensorboard":
             try:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
@@ -126,7 +127,7 @@ class Report:
     def step(self, epoch: int, step: int, loss: torch.Tensor, rate: float) -> None:
         """After a training step: ``loss`` [K] of this step, ``rate`` in images per second, ``step`` counted from 1."""
         on_terminal = self._progress is not None
-        if step % (min(10, self.config.log_interval) if on_terminal else self.config.log_interval):
+        if step % (min(10, self.config.reports.log_interval) if on_terminal else self.config.reports.log_interval):
             return  # reading a loss waits for the device
         state = f"loss {_numbers(loss.tolist(), '.3f')}  {rate:.0f} images/s"
         if self._progress is not None:
@@ -139,7 +140,7 @@ class Report:
         self._log(lambda writer: _add_scalars(writer, row))
         memory, average = row["peak_memory_bytes"], row.get("ema_validation_accuracy")
         self.say(
-            f"epoch {row['epoch']}/{self.config.epochs}"
+            f"epoch {row['epoch']}/{self.config.optimization.epochs}"
             f"  loss {_numbers(row['loss'], '.3f')}"
             f"  val accuracy {_numbers([100 * share for share in row['validation_accuracy']], '.1f')} %"
             f"  lr {row['lr']:.1e}  {row['images_per_second']:.0f} images/s"

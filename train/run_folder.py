@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import IO, Any, ClassVar
 
 from fastlocal.train import checkpoint as checkpoints
-from fastlocal.train.config import UserError, printable
+from fastlocal.train.errors import UserError, printable
 from fastlocal.train.signals import StopRequest
 
 RETRY_EVERY = 5.0  # seconds

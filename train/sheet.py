@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from fastlocal.train.config import printable
+from fastlocal.train.errors import printable
 
 SIDE, GAP, LINE = 160, 6, 14  # pixels: of an image's longer side, between images, of a caption
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from timm.models import load_state_dict_from_hf
 from torch import Tensor, nn
 
-from fastlocal.train.config import UserError, printable
+from fastlocal.train.errors import UserError, printable
 
 # Where the weights lie in what training scripts save, in this order: timm's averages, ours, DINO's teacher, Lightning, others.
 WRAPPERS = ("state_dict_ema", "model_ema", "trainer", "ema", "teacher", "state_dict", "model")

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from fastlocal.train.config import UserError, printable
+from fastlocal.train.errors import UserError, printable
 from fastlocal.train.signals import STOPPED, leave_to_parent
 
 LONGEST_WAIT = 300  # seconds for one batch

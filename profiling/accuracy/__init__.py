@@ -17,7 +17,10 @@ from typing import Any
 from fastlocal.profiling import results
 from fastlocal.profiling.cli import UserError
 from fastlocal.train.cli import options_of, training_parser
-from fastlocal.train.config import OBJECTIVES, TrainConfig, nearest
+from fastlocal.train.config import TrainConfig
+from fastlocal.train.errors import nearest
+from fastlocal.train.options.learning import OBJECTIVES
+from fastlocal.train.options.model import ModelOptions
 
 
 def main(argv: list[str]) -> int:
@@ -39,7 +42,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--results", default=str(results.RESULTS), help="folder that the rows go to (%(default)s)")
     given = options_of(parser, argv)
     if "model_kwargs" in given:  # flag texts, as yet
-        checked = TrainConfig(model_kwargs=given["model_kwargs"])
+        checked = ModelOptions(model_kwargs=given["model_kwargs"])
         given["model_kwargs"] = checked.model_kwargs
         given |= {} if checked.img_size is None else {"img_size": checked.img_size}
     name, folder = given.pop("recipe", None), Path(given.pop("results")) / "accuracy"
@@ -83,7 +86,7 @@ def _objectives(given: dict[str, Any], objectives: list[str] | tuple[str, ...]) 
     from fastlocal.profiling.accuracy.recipe import Recipe
 
     data = given.get("data", "digits")
-    seed = TrainConfig.of(**{option: value for option, value in given.items() if option != "seeds"}).seed
+    seed = TrainConfig.of(**{option: value for option, value in given.items() if option != "seeds"}).optimization.seed
     variants = {objective: {"objective": objective} for objective in objectives}
     return Recipe(base={}, tasks={data: {}}, variants=variants, seeds=(seed,))
 

@@ -11,7 +11,8 @@ from typing import Any
 from fastlocal.profiling import results
 from fastlocal.profiling.accuracy import recipes
 from fastlocal.profiling.cli import UserError
-from fastlocal.train.config import TrainConfig, nearest
+from fastlocal.train.config import TrainConfig
+from fastlocal.train.errors import nearest
 
 Options = Mapping[str, Any]
 
@@ -105,7 +106,9 @@ def jobs(name: str, recipe: Recipe, given: Options, tasks: Sequence[str], varian
         for task in tasks:
             for variant in variants:
                 options = _merged(recipe.base, recipe.tasks[task], recipe.variants[variant], overriding, {"seed": seed})
-                epochs = TrainConfig.of(**{n: v for n, v in options.items() if not isinstance(v, OfEpochs)}).epochs
+                epochs = TrainConfig.of(
+                    **{n: v for n, v in options.items() if not isinstance(v, OfEpochs)}
+                ).optimization.epochs
                 options = {n: round(v.share * epochs) if isinstance(v, OfEpochs) else v for n, v in options.items()}
                 folder = results.slug(f"{name}-{task}-{variant}-{epochs}-epochs-seed-{seed}")
                 yield Job(task, variant, TrainConfig.of(**options, experiment=folder))

@@ -12,7 +12,8 @@ from typing import Any
 from fastlocal.profiling import results
 from fastlocal.profiling.accuracy.recipe import Job, lasting
 from fastlocal.profiling.cli import UserError
-from fastlocal.train.config import TrainConfig, read_file
+from fastlocal.train.config import TrainConfig
+from fastlocal.train.options.files import read_file
 
 
 class Stopped(Exception):
@@ -52,12 +53,12 @@ def _train(job: Job) -> dict[str, Any]:
     from fastlocal.profiling.accuracy.cost import flops_ratio
     from fastlocal.train import checkpoint, loop
 
-    config, folder = job.config, Path(job.config.output) / job.config.experiment
+    config, folder = job.config, Path(job.config.reports.output) / job.config.reports.experiment
     if (folder / "config.yaml").exists():
         kept = TrainConfig.of(**read_file(folder / "config.yaml"))
-        if config.memory is not None:  # what the planner chose then is in the file
-            planned = {name: getattr(kept, name) for name in ("modules", "micro_batch", "recompute", "residency")}
-            config = replace(config, **planned)
+        if config.memory.budget is not None:  # what the planner chose then is in the file
+            planned = {name: kept.get(name) for name in ("modules", "micro_batch", "recompute", "residency")}
+            config = config.changed(**planned)
         if kept != config:
             raise UserError(f"--output: {folder} is a run with other options; name another folder or remove it.")
         summary = loop.resume(folder)
@@ -70,7 +71,7 @@ def _train(job: Job) -> dict[str, Any]:
     return {
         "bench": "accuracy",
         **job.key,
-        "data": config.data,
+        "data": config.data.name,
         "split": "validation",
         "train_images": summary.images[0],
         "validation_images": summary.images[1],

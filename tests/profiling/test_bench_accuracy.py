@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +137,9 @@ def test_a_study_has_a_row_per_run_and_tells_price_and_gap(
 
 def test_exact_steps_cost_one_more_forward_of_all_modules_but_the_last() -> None:
     config = TrainConfig.of(**VIT, modules=4, objective="cross-entropy", epochs=4)
-    exact = flops_ratio(replace(config, objective="end-to-end"), 10, (8, 8), 10)
+    exact = flops_ratio(config.changed(objective="end-to-end"), 10, (8, 8), 10)
     assert exact == pytest.approx(1 + 3 / 4 / 3, rel=0.02)  # a forward is a third of a step
-    assert flops_ratio(replace(config, exact_epochs=1), 10, (8, 8), 10) == pytest.approx(1 + (exact - 1) / 4, abs=0.02)
+    assert flops_ratio(config.changed(exact_epochs=1), 10, (8, 8), 10) == pytest.approx(1 + (exact - 1) / 4, abs=0.02)
 
 
 def _row(variant: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:
@@ -180,7 +179,7 @@ def test_every_recipe_is_sound(name: str) -> None:
     assert chosen.reference in chosen.variants
     assert {variant for _, variant in chosen.published} <= set(chosen.variants)
     found = list(recipe.jobs(name, chosen, {"epochs": 100}, list(chosen.tasks), list(chosen.variants)))
-    assert len({job.config.experiment for job in found}) == len(found)
+    assert len({job.config.reports.experiment for job in found}) == len(found)
     assert len({json.dumps(job.key, sort_keys=True) for job in found}) == len(found)
     documentation = (Path(recipe.recipes.__path__[0]) / f"{name}.py").read_text().split('"""')[1]
     for promise in ("Result", "Time", "Command", f"--recipe {name}"):
@@ -191,8 +190,8 @@ def test_options_given_override_and_other_data_gets_its_own_name() -> None:
     chosen = recipe.on(recipe.load("paper"), "folder:elsewhere")
     given = {"epochs": 3, "seeds": [5], "model_kwargs": {"window_size": 2}}
     (job,) = recipe.jobs("paper", chosen, given, ["folder:elsewhere"], ["end-to-end"])
-    assert (job.config.epochs, job.config.seed) == (3, 5)
-    assert job.config.model_kwargs == {"window_size": 2}
+    assert (job.config.optimization.epochs, job.config.optimization.seed) == (3, 5)
+    assert job.config.model.model_kwargs == {"window_size": 2}
     assert job.task == "folder:elsewhere"
     assert study.find(job, [_row("end-to-end", 5, 0.5)]) is None
 

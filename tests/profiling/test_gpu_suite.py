@@ -111,13 +111,13 @@ def test_training_is_judged_by_its_accuracy(
 
     def run(config: Any) -> Any:
         configs.append(config)
-        best = 0.9 if config.objective == "feature" else 0.1
+        best = 0.9 if config.learning.objective == "feature" else 0.1
         return SimpleNamespace(accuracy=(0.5, best), best_accuracy=best)
 
     monkeypatch.setattr(loop, "run", run)
     assert suite.train(tmp_path, None) == 1  # a tenth is chance
-    assert [config.objective for config in configs] == ["feature", "end-to-end"]
-    assert not any(Path(config.output).exists() for config in configs)
+    assert [config.learning.objective for config in configs] == ["feature", "end-to-end"]
+    assert not any(Path(config.reports.output).exists() for config in configs)
     assert "0.9" in capsys.readouterr().out
 
 

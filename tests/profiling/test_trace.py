@@ -9,7 +9,7 @@ import pytest
 
 from fastlocal.profiling import trace
 from fastlocal.profiling.cli import bench
-from fastlocal.train.config import OBJECTIVES
+from fastlocal.train.options.learning import OBJECTIVES
 
 RECORDED = Path(__file__).parents[2] / "profiling" / "results" / "trace" / "trace.json"
 

@@ -30,7 +30,9 @@ from PIL import Image
 
 from fastlocal.train import checkpoint, loop
 from fastlocal.train.build import build_model
-from fastlocal.train.config import TrainConfig, UserError, read_file, to_yaml
+from fastlocal.train.config import TrainConfig, to_yaml
+from fastlocal.train.errors import UserError
+from fastlocal.train.options.files import read_file
 from fastlocal.train.start import fitted, read_start
 
 SLOWEST, LARGEST = 10, 2**30

@@ -22,8 +22,9 @@ from timm.data import create_transform, resolve_data_config
 
 from fastlocal.train import loop
 from fastlocal.train.build import build_trainer, pretrained_configuration
-from fastlocal.train.config import TrainConfig, UserError
+from fastlocal.train.config import TrainConfig
 from fastlocal.train.data import Data, FileSplit, MemorySplit, Preprocessing, differences, read, read_validation
+from fastlocal.train.errors import UserError
 
 SOURCE = {"input_size": (3, 32, 32)}
 Options = Callable[..., dict[str, Any]]
@@ -273,7 +274,7 @@ def test_threads_and_processes_read_what_one_thread_reads(
         sys.setswitchinterval(interval)
     order = list(torch.arange(len(split)).split(2))
     pairs = zip(
-        split.batches(order, 1), replace(split, config=replace(config, workers=2)).batches(order, 1), strict=True
+        split.batches(order, 1), replace(split, config=config.changed(workers=2)).batches(order, 1), strict=True
     )
     for (images, labels), (by_workers, their_labels) in pairs:
         assert torch.equal(images, by_workers)
@@ -327,7 +328,7 @@ def test_grey_and_transparent_channels_reach_the_model(tmp_path: Path, tiny: Opt
     root = _folder(tmp_path, size=(16, 24))
     for channels in (1, 4):
         config = TrainConfig.of(**tiny(data=str(root), in_chans=channels, img_size=[24, 16], workers=0))
-        data = read(config, pretrained_configuration(config.model))
+        data = read(config, pretrained_configuration(config.model.name))
         model = build_model(config, 2, data.preprocessing.image_size)
         trainer = build_trainer(config, model, torch.device("cpu"), data.preprocessing.normalize)
         images, labels = next(data.training.batches([torch.arange(4)], 0))

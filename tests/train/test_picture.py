@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fastlocal.train.config import UserError
 from fastlocal.train.data.picture import read_header, read_picture
+from fastlocal.train.errors import UserError
 
 WHITE = (255, 255, 255)
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastlocal.train import checkpoint
-from fastlocal.train.config import UserError
+from fastlocal.train.errors import UserError
 
 
 def _content(mark: int) -> dict[str, Any]:

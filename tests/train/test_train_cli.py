@@ -92,8 +92,9 @@ def test_train_then_evaluate_then_plain_timm(cli: Command, flags: Flags, tmp_pat
         about = file.metadata()
     model = timm.create_model(about["model"], num_classes=10, **json.loads(about["model_kwargs"])).eval()
     model.load_state_dict(safetensors.torch.load_file(folder / "model.safetensors"))
-    from fastlocal.train.config import TrainConfig, read_file
+    from fastlocal.train.config import TrainConfig
     from fastlocal.train.data import read
+    from fastlocal.train.options.files import read_file
 
     config = TrainConfig.of(**read_file(folder / "config.yaml"))
     split = read(config, {"input_size": (3, 224, 224)}).validation

@@ -2,40 +2,39 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
 
-from fastlocal.train.config import (
-    ARRAYS,
-    COMPILE_MODES,
-    DECODERS,
-    GEOMETRY,
-    OBJECTIVES,
-    RECIPES,
-    TrainConfig,
-    UserError,
-    read_file,
-    to_yaml,
-)
+from fastlocal.train.config import GROUPS, OPTIONS, TrainConfig, to_yaml
+from fastlocal.train.errors import UserError
+from fastlocal.train.options.data import ARRAYS
+from fastlocal.train.options.files import read_file
+from fastlocal.train.options.learning import DECODERS, OBJECTIVES
+from fastlocal.train.options.memory import COMPILE_MODES
+from fastlocal.train.recipes import GEOMETRY, RECIPES
 
 
 def test_recipe_then_file_then_flags(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("lr: 3e-4\nbatch-size: 32\nmodel_kwargs: {depths: [1, 1, 1, 1]}\n")
     config = TrainConfig.of(**{**read_file(tmp_path / "run.yaml"), "batch_size": "64"})
-    assert config.data == "digits"
-    assert config.epochs == RECIPES["digits"]["epochs"]  # the recipe
-    assert config.lr == 3e-4  # the file, where YAML reads 3e-4 as a text
-    assert config.batch_size == 64  # the flag
-    assert config.momentum == 0.9  # the default
+    assert config.data.name == "digits"
+    assert config.optimization.epochs == RECIPES["digits"]["epochs"]  # the recipe
+    assert config.optimization.lr == 3e-4  # the file, where YAML reads 3e-4 as a text
+    assert config.optimization.batch_size == 64  # the flag
+    assert config.optimization.momentum == 0.9  # the default
 
 
 def test_model_kwargs_extend_the_recipe_of_its_own_model_only() -> None:
     recipe = RECIPES["cifar10"]["model_kwargs"]
-    assert TrainConfig.of(data="cifar10", model_kwargs=["embed_dim=48"]).model_kwargs == {**recipe, "embed_dim": 48}
-    assert TrainConfig.of(data="cifar10", model="vit_tiny_patch16_224").model_kwargs == {"patch_size": 4}
+    assert TrainConfig.of(data="cifar10", model_kwargs=["embed_dim=48"]).model.model_kwargs == {
+        **recipe,
+        "embed_dim": 48,
+    }
+    assert TrainConfig.of(data="cifar10", model="vit_tiny_patch16_224").model.model_kwargs == {"patch_size": 4}
 
 
 def test_flag_texts_become_values() -> None:
@@ -44,12 +43,12 @@ def test_flag_texts_become_values() -> None:
         classification_weight="0.2,0.5,1",
         model_kwargs=["img_size=32", "depths=2,2,2,2", "norm_layer=rmsnorm"],
     )
-    assert config.modules == (2, 4, 6)
-    assert config.classification_weight == (0.2, 0.5, 1.0)
-    assert config.model_kwargs["depths"] == (2, 2, 2, 2)
-    assert config.model_kwargs["norm_layer"] == "rmsnorm"
-    assert TrainConfig.of(modules="stages").modules == "stages"
-    assert TrainConfig.of(modules="3").modules == 3
+    assert config.learning.modules == (2, 4, 6)
+    assert config.learning.classification_weight == (0.2, 0.5, 1.0)
+    assert config.model.model_kwargs["depths"] == (2, 2, 2, 2)
+    assert config.model.model_kwargs["norm_layer"] == "rmsnorm"
+    assert TrainConfig.of(modules="stages").learning.modules == "stages"
+    assert TrainConfig.of(modules="3").learning.modules == 3
 
 
 @pytest.mark.parametrize("data", [*ARRAYS, "folder:some/path", "hfds/cifar10"])
@@ -66,9 +65,9 @@ def test_a_plain_configuration_loads_with_weights_only(tmp_path: Path) -> None:
 
 
 def test_warmup_is_a_tenth_of_the_run_unless_given() -> None:
-    assert TrainConfig.of(data="synthetic", epochs=20).warmup_epochs == 2.0
-    assert TrainConfig.of(data="synthetic", epochs=300).warmup_epochs == 5.0
-    assert TrainConfig.of(data="synthetic", epochs=20, warmup_epochs=0).warmup_epochs == 0.0
+    assert TrainConfig.of(data="synthetic", epochs=20).optimization.warmup_epochs == 2.0
+    assert TrainConfig.of(data="synthetic", epochs=300).optimization.warmup_epochs == 5.0
+    assert TrainConfig.of(data="synthetic", epochs=20, warmup_epochs=0).optimization.warmup_epochs == 0.0
 
 
 @pytest.mark.parametrize(
@@ -118,7 +117,7 @@ def test_choices_are_the_engines() -> None:
     assert set(OBJECTIVES) == set(objectives.OBJECTIVES)
     assert set(DECODERS) == set(decoders.DECODERS)
     assert set(COMPILE_MODES) == set(engine.COMPILE_MODES)
-    choices = {name: set(option.metadata["choices"]) for name, option in TrainConfig.__dataclass_fields__.items()}
+    choices = {name: set(option.field.metadata["choices"]) for name, option in OPTIONS.items()}
     assert choices["kernels"] == set(kernels.dispatch.CHOICES)
     assert choices["recompute"] == set(get_args(module.Recompute))
     assert choices["residency"] == set(get_args(residency.Keep))
@@ -140,11 +139,11 @@ def test_every_recipe_takes_a_step(data: str, size: int) -> None:
 
 
 def test_exact_steps_come_at_the_end_or_regularly() -> None:
-    last = TrainConfig(epochs=10, exact_epochs=2)
+    last = TrainConfig.of(epochs=10, exact_epochs=2)
     assert [epoch for epoch in range(10) if last.is_exact(epoch, 7 * epoch)] == [8, 9]
-    regular = TrainConfig(epochs=10, exact_every=3)
+    regular = TrainConfig.of(epochs=10, exact_every=3)
     assert [step for step in range(10) if regular.is_exact(0, step)] == [2, 5, 8]
-    assert not any(TrainConfig(epochs=10).is_exact(epoch, epoch) for epoch in range(10))
+    assert not any(TrainConfig.of(epochs=10).is_exact(epoch, epoch) for epoch in range(10))
     for wrong, sentence in (
         ({"exact_epochs": 11}, "--exact-epochs must be at most --epochs, 10; got 11"),
         ({"exact_epochs": 1, "objective": "end-to-end"}, "end-to-end is exact throughout"),
@@ -153,14 +152,14 @@ def test_exact_steps_come_at_the_end_or_regularly() -> None:
         ({"exact_every": -1}, "--exact-every must be at least 0, got -1"),
     ):
         with pytest.raises(UserError, match=sentence):
-            TrainConfig(epochs=10, **wrong)
+            TrainConfig.of(epochs=10, **wrong)
 
 
 @pytest.mark.parametrize("data", ["digits", "cifar10", "fashion-mnist", "stl10"])
 def test_a_model_made_for_large_images_is_fitted_to_small_ones(data: str) -> None:
     swin = TrainConfig.of(data=data, model="swin_tiny_patch4_window7_224")
-    assert swin.model_kwargs == {n: v for n, v in RECIPES[data]["model_kwargs"].items() if n in GEOMETRY}
-    assert TrainConfig.of(data=data, model="vit_base_patch16_224").model_kwargs.keys() == {"patch_size"}
+    assert swin.model.model_kwargs == {n: v for n, v in RECIPES[data]["model_kwargs"].items() if n in GEOMETRY}
+    assert TrainConfig.of(data=data, model="vit_base_patch16_224").model.model_kwargs.keys() == {"patch_size"}
     for decided in (
         {"img_size": 224},
         {"model_kwargs": {"patch_size": 1}},
@@ -169,6 +168,26 @@ def test_a_model_made_for_large_images_is_fitted_to_small_ones(data: str) -> Non
         {"data": "folder:x"},
     ):
         given = {"data": data, "model": "swin_tiny_patch4_window7_224", **decided}
-        assert TrainConfig.of(**given).model_kwargs == decided.get("model_kwargs", {})
+        assert TrainConfig.of(**given).model.model_kwargs == decided.get("model_kwargs", {})
     chosen = TrainConfig.of(data=data, model="vit_base_patch16_224")
     assert TrainConfig.of(**chosen.to_dict()) == chosen
+
+
+def test_groups_are_for_code_alone() -> None:
+    given = {
+        "data": "synthetic",
+        "model": "test_vit",
+        "memory": "1GiB",
+        "opt": "lion",
+        "reprob": 0.5,
+        "experiment": "x",
+    }
+    config = TrainConfig.of(**given)
+    assert (config.data.name, config.model.name, config.memory.budget) == ("synthetic", "test_vit", "1GiB")
+    assert len(OPTIONS) == sum(len(fields(group)) for group in GROUPS.values())  # no name stands for two
+    flat = config.to_dict()
+    assert {name: flat[name] for name in given} == given
+    assert list(flat) == list(OPTIONS)
+    assert TrainConfig.of(**flat) == config
+    other = config.changed(memory=None, opt="adamw")
+    assert (other.memory.budget, other.optimization.opt, other.augmentation) == (None, "adamw", config.augmentation)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from fastlocal.train.config import TrainConfig, UserError
+from fastlocal.train.config import TrainConfig
 from fastlocal.train.data import FileSplit, MemorySplit, Split, check_classes, read, training_indices
+from fastlocal.train.errors import UserError
 
 
 def _read(name: Any = "train", model_size: int = 80, **options: Any) -> Split:

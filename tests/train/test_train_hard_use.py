@@ -22,7 +22,8 @@ from soak.processes import Processes
 
 import fastlocal
 from fastlocal.train import checkpoint, loop, workers
-from fastlocal.train.config import TrainConfig, UserError
+from fastlocal.train.config import TrainConfig
+from fastlocal.train.errors import UserError
 from fastlocal.train.run_folder import RunFolder
 
 Options = Callable[..., dict[str, Any]]

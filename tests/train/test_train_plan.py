@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastlocal.train import cli
-from fastlocal.train.config import TrainConfig
+from fastlocal.train.config import OPTIONS, TrainConfig
 
 MODEL = ["--model", "test_vit", "--batch-size", "8"]
 
@@ -34,8 +34,10 @@ def test_plain_training_is_recommended_where_it_fits(capsys: pytest.CaptureFixtu
     assert "planning: " in err
     assert max(map(len, out.splitlines())) <= 80
     config = config_of(out[out.index("fastlocal train") :])
-    assert (config.model, config.batch_size, config.model_ema, config.amp) == ("test_vit", 8, True, True)
-    assert (config.objective, config.modules, config.micro_batch) == ("end-to-end", 1, 8)
+    assert (config.model.name, config.optimization.batch_size) == ("test_vit", 8)
+    assert config.optimization.model_ema
+    assert config.memory.amp
+    assert (config.learning.objective, config.learning.modules, config.memory.micro_batch) == ("end-to-end", 1, 8)
 
 
 def test_the_command_says_what_the_plan_says(capsys: pytest.CaptureFixture[str]) -> None:
@@ -44,11 +46,11 @@ def test_the_command_says_what_the_plan_says(capsys: pytest.CaptureFixture[str])
     assert code == 0
     found = json.loads(out)
     config, chosen = config_of(found["command"]), found["chosen"]
-    same: dict[str, Any] = {name: getattr(config, name) for name in chosen if hasattr(config, name)}
+    same: dict[str, Any] = {name: config.get(name) for name in chosen if name in OPTIONS}
     assert same == {name: chosen[name] for name in same}
     assert {"objective", "micro_batch", "recompute", "residency", "boundaries", "weights"} <= set(same)
-    assert config.modules == tuple(chosen["cuts"])  # one cut is no number of modules
-    assert (config.opt, config.img_size) == ("lion", TrainConfig.of(img_size="64").img_size)
+    assert config.learning.modules == tuple(chosen["cuts"])  # one cut is no number of modules
+    assert (config.optimization.opt, config.model.img_size) == ("lion", TrainConfig.of(img_size="64").model.img_size)
     assert all(candidate["accuracy"] == "local" for candidate in found["candidates"])
 
 

@@ -14,7 +14,8 @@ from soak.compare import assert_same, result
 
 import fastlocal
 from fastlocal.train import loop, signals
-from fastlocal.train.config import TrainConfig, UserError
+from fastlocal.train.config import TrainConfig
+from fastlocal.train.errors import UserError
 
 Options = Callable[..., dict[str, Any]]
 

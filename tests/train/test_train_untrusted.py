@@ -14,7 +14,9 @@ import torch
 from soak import mutations
 
 from fastlocal.train import checkpoint, loop
-from fastlocal.train.config import TrainConfig, UserError, read_file
+from fastlocal.train.config import TrainConfig
+from fastlocal.train.errors import UserError
+from fastlocal.train.options.files import read_file
 
 
 @pytest.fixture(scope="module")
@@ -81,7 +83,7 @@ def test_a_checkpoint_has_nothing_fetched(
         told = cli("train", "--resume", run)
         assert told.code == (0 if "download" in changes else 2)
         assert cli("eval", run / "last.pt").code == told.code
-    assert [config.download for config in seen] == [False]
+    assert [config.data.download for config in seen] == [False]
 
 
 def _write_archive(path: Path, content: bytes, compression: int = zipfile.ZIP_STORED) -> None:

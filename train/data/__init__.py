@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastlocal.train.augment import BatchAugmentation
-from fastlocal.train.config import ARRAYS, TrainConfig, UserError, printable
+from fastlocal.train.config import OPTIONS, TrainConfig
 from fastlocal.train.data.fingerprint import differences, fingerprint
 from fastlocal.train.data.listing import (
     TRAINING_FOLDERS,
@@ -33,6 +33,9 @@ from fastlocal.train.data.picture import read_picture
 from fastlocal.train.data.preprocessing import Preprocessing
 from fastlocal.train.data.sources import read_arrays
 from fastlocal.train.data.splits import FileSplit, MemorySplit, Split, mean_and_std, training_indices
+from fastlocal.train.errors import UserError, printable
+from fastlocal.train.options.data import ARRAYS
+from fastlocal.train.options.values import flag
 
 __all__ = [
     "Data",
@@ -73,7 +76,7 @@ class Data:
 
 
 def read(config: TrainConfig, source: Mapping[str, Any], saved: Mapping[str, Any] | None = None) -> Data:
-    """Both splits of ``config.data``; how they are read is decided once, from the headers of all images.
+    """Both splits of ``config.data.name``; how they are read is decided once, from the headers of all images.
 
     Args:
         source: timm's ``pretrained_cfg`` of the model or of the weights that training starts from.
@@ -86,20 +89,20 @@ def read(config: TrainConfig, source: Mapping[str, Any], saved: Mapping[str, Any
     height, width = source["input_size"][-2:]
     designed = (height, width)
     preset = Preprocessing.of(saved["preprocessing"]) if saved is not None else None
-    if config.data in ARRAYS:
-        size = config.img_size or (preset.image_size if preset else designed)
-        training = _limited(read_arrays(config, True, size), config.train_limit, config.in_chans)
-        validation = _limited(read_arrays(config, False, size), config.val_limit, config.in_chans)
+    if config.data.name in ARRAYS:
+        size = config.model.img_size or (preset.image_size if preset else designed)
+        training = _limited(read_arrays(config, True, size), config.data.train_limit, config.model.in_chans)
+        validation = _limited(read_arrays(config, False, size), config.data.val_limit, config.model.in_chans)
         classes, notes = tuple(saved["classes"] if saved else training[2]), tuple[str, ...]()
         of_data: tuple[tuple[float, ...], tuple[float, ...]] | None = mean_and_std(training[0])
         own = (training[0].shape[-2], training[0].shape[-1])
-        settings = preset or Preprocessing.resolve(config, source, config.img_size or own, of_data)
+        settings = preset or Preprocessing.resolve(config, source, config.model.img_size or own, of_data)
         splits: list[Split] = [
             _array_split(config, part, classes, settings, "the images") for part in (training, validation)
         ]
     else:
         parts = _listings(config)
-        parts = tuple(part.checked(config.skip_broken) for part in parts)
+        parts = tuple(part.checked(config.data.skip_broken) for part in parts)
         classes = tuple(parts[0].classes)
         if saved is not None and set(saved["classes"]) == set(classes):
             classes = tuple(saved["classes"])  # in the order that the model learned; others, the fingerprint will tell
@@ -107,11 +110,13 @@ def read(config: TrainConfig, source: Mapping[str, Any], saved: Mapping[str, Any
         small = len(sizes) == 1 and max(next(iter(sizes))) <= LARGEST_IN_MEMORY
         in_memory = preset.in_memory if preset else small
         if in_memory and len(sizes) > 1:
-            raise UserError(f"--data {config.data} no longer holds images of one size, and did when the run began.")
-        pixels = [_pixels(part, config.in_chans) for part in parts] if in_memory else None
+            raise UserError(
+                f"--data {config.data.name} no longer holds images of one size, and did when the run began."
+            )
+        pixels = [_pixels(part, config.model.in_chans) for part in parts] if in_memory else None
         of_data = mean_and_std(pixels[0]) if pixels else None
         own = (pixels[0].shape[-2], pixels[0].shape[-1]) if pixels else designed
-        settings = preset or Preprocessing.resolve(config, source, config.img_size or own, of_data)
+        settings = preset or Preprocessing.resolve(config, source, config.model.img_size or own, of_data)
         splits = []
         for number, (part, what) in enumerate(zip(parts, ("training", "validation"), strict=True)):
             check_classes(classes, part.classes, f"the {what} images")
@@ -125,7 +130,7 @@ def read(config: TrainConfig, source: Mapping[str, Any], saved: Mapping[str, Any
     _check_augmentation(config, settings.in_memory)
     if len(classes) < 2:
         raise UserError(
-            f"--data {config.data} has one class, {classes[0]!r}: there is nothing to tell apart; it takes at least two."
+            f"--data {config.data.name} has one class, {classes[0]!r}: there is nothing to tell apart; it takes at least two."
         )
     return Data(splits[0], splits[1], settings, notes)
 
@@ -137,17 +142,17 @@ LARGE = ("vflip", "scale", "ratio", "color_jitter", "aa", "reprob", "train_inter
 def _check_augmentation(config: TrainConfig, in_memory: bool) -> None:
     """Refuse augmentation that the images at hand would not get."""
     for name in LARGE if in_memory else SMALL:
-        if getattr(config, name) != config.__dataclass_fields__[name].default:
+        if config.get(name) != OPTIONS[name].field.default:
             reason = (
                 "images of one small size are held in memory, and get --crop-padding, --hflip and --cutout"
                 if in_memory
                 else f"it is for images that are all of one size up to {LARGEST_IN_MEMORY} pixels"
             )
-            raise UserError(f"--{name.replace('_', '-')} would do nothing: {reason}.")
+            raise UserError(f"{flag(name)} would do nothing: {reason}.")
 
 
 def read_validation(config: TrainConfig, saved: Mapping[str, Any]) -> tuple[Split, tuple[str, ...]]:
-    """The validation split of ``config.data`` as a saved run sees it, and notes as of `Data`.
+    """The validation split of ``config.data.name`` as a saved run sees it, and notes as of `Data`.
 
     Args:
         saved: ``preprocessing`` and ``classes`` of a checkpoint.
@@ -156,11 +161,11 @@ def read_validation(config: TrainConfig, saved: Mapping[str, Any]) -> tuple[Spli
         UserError: as of `read`; a class is none of the model's.
     """
     settings, classes = Preprocessing.of(saved["preprocessing"]), tuple(saved["classes"])
-    if config.data in ARRAYS:
-        arrays = _limited(read_arrays(config, False, settings.image_size), config.val_limit, settings.channels)
-        return _array_split(config, arrays, classes, settings, f"--data {config.data}"), ()
-    part = _listings(config, training=False)[-1].checked(config.skip_broken)
-    check_classes(classes, part.classes, f"--data {config.data}")
+    if config.data.name in ARRAYS:
+        arrays = _limited(read_arrays(config, False, settings.image_size), config.data.val_limit, settings.channels)
+        return _array_split(config, arrays, classes, settings, f"--data {config.data.name}"), ()
+    part = _listings(config, training=False)[-1].checked(config.data.skip_broken)
+    check_classes(classes, part.classes, f"--data {config.data.name}")
     labels = tuple(classes.index(part.labels[i]) for i in part.kept)
     return FileSplit(part.pictures, part.kept, labels, classes, settings, config), tuple(_notes((part,), classes))
 
@@ -181,12 +186,12 @@ def check_classes(known: Sequence[str], found: Sequence[str], where: str) -> Non
 
 def _listings(config: TrainConfig, training: bool = True) -> tuple[Listing, ...]:
     """The training and the validation pictures; the latter alone where nothing is trained."""
-    what, (kind, _, place) = f"--data {config.data}", config.data.partition(":")
+    what, (kind, _, place) = f"--data {config.data.name}", config.data.name.partition(":")
     if kind == "folder":
         parts = _folder_listings(config, Path(place), what, training)
     else:
         parts = _reader_listings(config, what, training)
-    limits = (config.train_limit, config.val_limit)[-len(parts) :]
+    limits = (config.data.train_limit, config.data.val_limit)[-len(parts) :]
     return tuple(part.limited(limit) for part, limit in zip(parts, limits, strict=True))
 
 
@@ -194,10 +199,12 @@ def _folder_listings(config: TrainConfig, root: Path, what: str, training: bool)
     if not root.is_dir():
         raise UserError(f"{what} must hold train/CLASS/* and val/CLASS/* images, but {root} is no folder.")
     train, validation = split_folder(root, TRAINING_FOLDERS), split_folder(root, VALIDATION_FOLDERS)
-    if config.val_split:
+    if config.data.val_split:
         if validation is not None:
-            raise UserError(f"--val-split {config.val_split} does nothing: {validation} holds the validation images.")
-        parts = list_folder(train or root, what).parted(config.val_split)
+            raise UserError(
+                f"--val-split {config.data.val_split} does nothing: {validation} holds the validation images."
+            )
+        parts = list_folder(train or root, what).parted(config.data.val_split)
         return parts if training else parts[1:]
     if not training:
         return (list_folder(validation or train or root, what),)
@@ -215,20 +222,22 @@ def _reader_listings(config: TrainConfig, what: str, training: bool) -> tuple[Li
     """What `timm.data.create_dataset` opens; its readers alone are used, since its data sets pass over broken images."""
     from timm.data import create_dataset
 
-    tar = config.data.endswith(".tar")
+    tar = config.data.name.endswith(".tar")
 
     def listing(split: str) -> Listing:
         try:
-            options: dict[str, Any] = {"class_map": config.class_map} if config.class_map else {}
+            options: dict[str, Any] = {"class_map": config.data.class_map} if config.data.class_map else {}
             reader: Any = (
-                create_dataset("", config.data, **options) if tar else create_dataset(config.data, split=split)
+                create_dataset("", config.data.name, **options)
+                if tar
+                else create_dataset(config.data.name, split=split)
             )
             reader = reader.reader
             pictures: Pictures
             if tar:
                 targets, indices = reader.targets.tolist(), reader.class_name_to_idx
                 pictures = PicturesInArchives(
-                    tuple(Member.of(config.data, i, within) for i, _, within in reader.samples)
+                    tuple(Member.of(config.data.name, i, within) for i, _, within in reader.samples)
                 )
             else:
                 targets, indices = list(reader.dataset[reader.label_key]), reader.class_to_idx
@@ -239,8 +248,8 @@ def _reader_listings(config: TrainConfig, what: str, training: bool) -> tuple[Li
         names = {index: str(name) for name, index in indices.items()}
         return Listing.of(pictures, tuple(names.get(target, str(target)) for target in targets))
 
-    if config.val_split:
-        parts = listing("train").parted(config.val_split)
+    if config.data.val_split:
+        parts = listing("train").parted(config.data.val_split)
         return parts if training else parts[1:]
     if tar:
         if training:
@@ -283,8 +292,10 @@ def _array_split(
 def _memory_split(
     config: TrainConfig, images: Tensor, labels: Tensor, classes: Sequence[str], settings: Preprocessing
 ) -> MemorySplit:
-    augmentation = BatchAugmentation(config.crop_padding, config.hflip, config.cutout)
-    return MemorySplit(images, labels, tuple(classes), settings, augmentation, config.seed)
+    augmentation = BatchAugmentation(
+        config.augmentation.crop_padding, config.augmentation.hflip, config.augmentation.cutout
+    )
+    return MemorySplit(images, labels, tuple(classes), settings, augmentation, config.optimization.seed)
 
 
 def _notes(parts: Sequence[Listing], classes: Sequence[str]) -> Iterator[str]:

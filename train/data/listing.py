@@ -17,8 +17,8 @@ from timm.utils.misc import natural_key
 from torch import Tensor
 
 from fastlocal.train.augment import generator_for
-from fastlocal.train.config import UserError, printable
 from fastlocal.train.data.picture import Header, Source, read_header, read_picture
+from fastlocal.train.errors import UserError, printable
 
 TRAINING_FOLDERS = ("train", "training")
 VALIDATION_FOLDERS = ("val", "valid", "validation", "test")

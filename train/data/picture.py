@@ -24,7 +24,7 @@ from typing import IO
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps
 
-from fastlocal.train.config import UserError, printable
+from fastlocal.train.errors import UserError, printable
 
 GROUND = (255, 255, 255)  # what lies behind transparent pixels: white, as on paper and most web pages
 MODES = {1: "L", 3: "RGB", 4: "RGBA"}  # by number of channels

@@ -50,18 +50,21 @@ class Preprocessing:
             of_data: mean and std of the training images, if they are in memory: used unless there are weights to start
                 from. Such images are taken whole.
         """
-        asked: dict[str, Any] = {"input_size": (config.in_chans, *image_size), "interpolation": config.interpolation}
-        asked["crop_pct"] = config.crop_pct or (1.0 if of_data else None)
+        asked: dict[str, Any] = {
+            "input_size": (config.model.in_chans, *image_size),
+            "interpolation": config.model.interpolation,
+        }
+        asked["crop_pct"] = config.model.crop_pct or (1.0 if of_data else None)
         found = resolve_data_config(asked, pretrained_cfg=dict(source))
         mean, std = found["mean"], found["std"]
-        if of_data is not None and not (config.pretrained or config.initial_checkpoint):
+        if of_data is not None and not (config.model.pretrained or config.model.initial_checkpoint):
             mean, std = of_data
         return cls(
             image_size=image_size,
-            channels=config.in_chans,
+            channels=config.model.in_chans,
             in_memory=of_data is not None,
-            mean=_per_channel(config.mean or mean, config.in_chans),
-            std=_per_channel(config.std or std, config.in_chans),
+            mean=_per_channel(config.model.mean or mean, config.model.in_chans),
+            std=_per_channel(config.model.std or std, config.model.in_chans),
             interpolation=found["interpolation"],
             crop_pct=float(found["crop_pct"]),
             crop_mode=found["crop_mode"],
@@ -87,20 +90,22 @@ class Preprocessing:
 
     def training_transform(self, config: TrainConfig) -> Transform:
         """timm's training transform, likewise; its random numbers come from Python's, NumPy's and torch's generators."""
-        erase = config.reprob > 0
+        erase = config.augmentation.reprob > 0
         augment = create_transform(
             (self.channels, *self.image_size),
             is_training=True,
-            scale=config.scale,
-            ratio=config.ratio,
-            hflip=0.5 if config.hflip else 0.0,
-            vflip=config.vflip,
-            color_jitter=cast(Any, config.color_jitter or None),  # None, for no jitter, is not in timm's annotation
-            auto_augment=config.aa,
-            re_prob=config.reprob,
-            re_mode=config.remode,
+            scale=config.augmentation.scale,
+            ratio=config.augmentation.ratio,
+            hflip=0.5 if config.augmentation.hflip else 0.0,
+            vflip=config.augmentation.vflip,
+            color_jitter=cast(
+                Any, config.augmentation.color_jitter or None
+            ),  # None, for no jitter, is not in timm's annotation
+            auto_augment=config.augmentation.aa,
+            re_prob=config.augmentation.reprob,
+            re_mode=config.augmentation.remode,
             normalize=erase,
-            **{**self._settings(), "interpolation": config.train_interpolation},
+            **{**self._settings(), "interpolation": config.augmentation.train_interpolation},
         )
         return Compose([augment, self._as_pixels]) if erase else augment
 

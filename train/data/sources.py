@@ -10,20 +10,21 @@ import torch
 from torch import Tensor
 
 from fastlocal.train.augment import generator_for
-from fastlocal.train.config import TrainConfig, UserError
+from fastlocal.train.config import TrainConfig
+from fastlocal.train.errors import UserError
 
 Arrays = tuple[Tensor, Tensor, Sequence[str]]  # images [N, 3, H, W] uint8, labels [N] int64, names of the classes
 
 
 def read_arrays(config: TrainConfig, training: bool, size: tuple[int, int]) -> Arrays:
-    """One split of ``config.data``; ``size`` is that of synthetic images.
+    """One split of ``config.data.name``; ``size`` is that of synthetic images.
 
     Raises:
         UserError: the data set is not there; the sentence names the flag to add.
     """
-    if config.data == "digits":
+    if config.data.name == "digits":
         return _digits(training)
-    if config.data == "synthetic":
+    if config.data.name == "synthetic":
         return _synthetic(config, training, size)
     return _torchvision(config, training)
 
@@ -39,8 +40,8 @@ def _digits(training: bool) -> Arrays:
 
 def _synthetic(config: TrainConfig, training: bool, size: tuple[int, int]) -> Arrays:
     """Random images of ten random classes: 1,024 to train on, 256 to validate, or as many as the limits say."""
-    count = (config.train_limit or 1024) if training else (config.val_limit or 256)
-    generator = generator_for(config.seed, training)
+    count = (config.data.train_limit or 1024) if training else (config.data.val_limit or 256)
+    generator = generator_for(config.optimization.seed, training)
     images = torch.randint(256, (count, 3, *size), dtype=torch.uint8, generator=generator)
     return images, torch.randint(10, (count,), generator=generator), [f"class {i}" for i in range(10)]
 
@@ -49,8 +50,8 @@ def _torchvision(config: TrainConfig, training: bool) -> Arrays:
     """The data sets that torchvision reads; its test set is the validation set."""
     from torchvision import datasets
 
-    kind, split = config.data, "train" if training else "test"
-    options = {"root": config.data_dir, "download": config.download}
+    kind, split = config.data.name, "train" if training else "test"
+    options = {"root": config.data.data_dir, "download": config.data.download}
     try:
         if kind in ("cifar10", "cifar100"):
             source = (datasets.CIFAR10 if kind == "cifar10" else datasets.CIFAR100)(train=training, **options)
@@ -62,10 +63,10 @@ def _torchvision(config: TrainConfig, training: bool) -> Arrays:
             source = (datasets.STL10 if kind == "stl10" else datasets.SVHN)(split=split, **options)
             images, labels = torch.from_numpy(np.ascontiguousarray(source.data)), source.labels
     except (RuntimeError, OSError) as error:
-        if config.download:
-            raise UserError(f"--data {kind} could not be downloaded to {config.data_dir!r}: {error}.") from None
+        if config.data.download:
+            raise UserError(f"--data {kind} could not be downloaded to {config.data.data_dir!r}: {error}.") from None
         raise UserError(
-            f"--data {kind} is not (whole) in {config.data_dir!r}: add --download to fetch it, or --data-dir FOLDER "
+            f"--data {kind} is not (whole) in {config.data.data_dir!r}: add --download to fetch it, or --data-dir FOLDER "
             "to say where it is."
         ) from None
     classes = getattr(source, "classes", None) or [str(i) for i in range(10)]

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from fastlocal.train.augment import BatchAugmentation, generator_for
-from fastlocal.train.config import TrainConfig, UserError
+from fastlocal.train.config import TrainConfig
 from fastlocal.train.data.listing import Pictures
 from fastlocal.train.data.picture import read_picture
 from fastlocal.train.data.preprocessing import Preprocessing, Transform
+from fastlocal.train.errors import UserError
 from fastlocal.train.workers import read_in_workers
 
 
@@ -107,7 +108,7 @@ class FileSplit:
             _FilesOfEpoch(self, epoch, transform),
             [chosen.tolist() for chosen in indices],
             _collate,
-            self.config.workers,
+            self.config.data.workers,
         )
         for batch in loader:
             if isinstance(batch, UserError):
@@ -135,7 +136,7 @@ class _FilesOfEpoch(torch.utils.data.Dataset[tuple[Tensor, int]]):
             return self.transform(picture), split.labels[index]
         with torch.random.fork_rng(devices=[]):  # timm's transforms draw from all three global generators
             saved = random.getstate(), np.random.get_state()
-            seed = generator_for(split.config.seed, self.epoch, index).initial_seed()
+            seed = generator_for(split.config.optimization.seed, self.epoch, index).initial_seed()
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)
