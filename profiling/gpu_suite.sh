@@ -9,7 +9,7 @@ set -u
 
 # A function, so that bash has read all of it before a pull changes this file under its feet.
 main() {
-    cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
+    cd -P "$(dirname "${BASH_SOURCE[0]}")/.." || exit 2
     python=${PYTHON:-$([ -x .venv/bin/python ] && echo "$PWD/.venv/bin/python" || echo python3)}
     budget=${BUDGET:-420}
     output=${OUTPUT:-profiling/results}
@@ -25,12 +25,12 @@ main() {
     done
 
     suite="$PWD/profiling/card/suite.py"
-    # From outside, because inside the checkout ./fastlocal is found without its siblings.
+    # From outside, because inside the checkout ./fastlocal is found whether it is installed or not.
     installed() {
-        (cd / && "$python" -c 'import importlib.util as u, sys
+        (cd / && "$python" -c 'import importlib.util as u, os, sys
 try: found = u.find_spec("fastlocal.profiling.card.suite")
 except ImportError: found = None
-sys.exit(found is None or found.origin != sys.argv[1])' "$suite")
+sys.exit(found is None or os.path.realpath(found.origin) != os.path.realpath(sys.argv[1]))' "$suite")
     }
     if ! installed; then
         # No registry is asked: what is there is used, torch above all.

@@ -18,7 +18,7 @@ from fastlocal.profiling.card import suite
 from fastlocal.profiling.kernels import timing, workloads
 from fastlocal.profiling.kernels.workloads import OURS, Provider, Workload
 
-SCRIPT = Path(suite.__file__).parents[1] / "gpu_suite.sh"
+SCRIPT = Path(suite.__file__).resolve().parents[1] / "gpu_suite.sh"
 LOSS = Workload("reconstruction_loss", "Swin-T stage 4", workloads._reconstruction_loss(4, 16, 2, 8))
 
 

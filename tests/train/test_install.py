@@ -77,6 +77,16 @@ def test_the_extras_are_what_the_sentences_ask_for() -> None:
     assert {"plots", "tensorboard", "onnx", "hf", "docs"} <= set(extras)
 
 
+def test_a_checkout_that_is_not_installed_shows_all_its_packages() -> None:
+    """To editors and type checkers, which read imports without importing."""
+    code = "import sys; sys.path.insert(0, sys.argv[1]); from importlib.util import find_spec\n"
+    code += "for name in ('kernels', 'train.data', 'profiling.card'): print(find_spec(f'fastlocal.{name}').origin)"
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", code, str(ROOT)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = [Path(line).resolve().relative_to(ROOT) for line in done.stdout.splitlines()]
+    assert [str(path.parent) for path in found] == ["kernels", "train/data", "profiling/card"]
+
+
 def test_every_dependency_is_imported() -> None:
     """A dependency that no file imports is a lie."""
     sources = "\n".join(
