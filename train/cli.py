@@ -16,7 +16,9 @@ import importlib.metadata
 import io
 import json
 import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from dataclasses import MISSING
 from typing import Any, NoReturn
@@ -155,7 +157,7 @@ def evaluate(argv: list[str]) -> int:
         print(f"{name:16s} accuracy {100 * accuracy:5.1f} %   top 5 {100 * top5:5.1f} %   loss {loss:.4f}")
     for row in result["per_class"]:
         print(
-            f"class {printable(row['name'], 60):20s} {row['images']:6d} images   accuracy {100 * row['accuracy']:5.1f} %"
+            f"class {printable(row['name'], 20):20s} {row['images']:6d} images   accuracy {100 * row['accuracy']:5.1f} %"
             f"   precision {100 * row['precision']:5.1f} %"
         )
     return 0
@@ -259,8 +261,9 @@ def doctor(argv: list[str]) -> int:
 
     from fastlocal.train.doctor import findings
 
+    width = shutil.get_terminal_size().columns
     for name, finding in findings():
-        print(f"{name:20s} {finding}")
+        print(textwrap.fill(f"{name:18s} {finding}", width, subsequent_indent=" " * 19, break_on_hyphens=False))
     return 0
 
 

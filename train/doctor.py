@@ -36,5 +36,4 @@ def findings() -> Iterator[tuple[str, str]]:
     for device in [*devices, torch.device("cpu")]:
         reason = dispatch.why_not_triton(device) or "Interpreted Triton runs only where it is asked for."
         runs = "Triton" if dispatch.implementation(device) == "triton" else f"PyTorch. {reason}"
-        for op in OPS:
-            yield op, f"on {device}: {runs}"
+        yield f"kernels on {device}", f"{', '.join(OPS)}: {runs}"

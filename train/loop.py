@@ -276,7 +276,7 @@ class _Run:
 
     def train(self) -> Summary:
         config, progress = self.config, self.progress
-        report = Report(config, self.folder.path, self.steps, progress.epoch)
+        report = Report(config, self.folder.path, self.steps, self.trainer.exit_names, progress.epoch)
         resume = f"fastlocal train --resume {shlex.quote(str(self.folder.path))}"
         with StopRequest() as stop, report:
             self.folder.retry_for(config.reports.save_retry, report.say, stop)
@@ -288,7 +288,7 @@ class _Run:
                 if progress.best_epoch == progress.epoch > 0 and progress.position == 0:
                     self._write_best(self._state())  # the process that came this far may have ended before it had
                 while progress.epoch < config.optimization.epochs:
-                    measured = self._validate(stop) if self._train_epoch(report, stop) else None
+                    measured = self._validate(report, stop) if self._train_epoch(report, stop) else None
                     if measured is None:
                         self.folder.commit(self._state())
                         report.say(f"stopped; go on with: {resume}")
@@ -386,14 +386,14 @@ class _Run:
                     )
                 yield sentence
 
-    def _validate(self, stop: StopRequest) -> list[Measured] | None:
+    def _validate(self, report: Report, stop: StopRequest) -> list[Measured] | None:
         """Measure every exit, and the moving average if there is one; None if stopped before the end."""
-        measured = []
+        measured, total = [], -(-len(self.validation) // self.config.optimization.batch_size)
         for ema in (False, True) if self.config.optimization.model_ema else (False,):
             result = validate(
                 *(self.trainer, self.validation, self.config.optimization.batch_size, self.device),
                 ema=ema,
-                until=stop.until,
+                until=lambda batches: report.validating(stop.until(batches), total),
             )
             if result is None:
                 return None

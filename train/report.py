@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -77,14 +78,15 @@ class Report:
     Args:
         folder: where TensorBoard's events go.
         steps: training steps per epoch.
+        exits: names of the classifiers, in the order of the losses.
         epoch: epochs that were completed before.
 
     Raises:
         UserError: ``log="tensorboard"`` and TensorBoard is not installed.
     """
 
-    def __init__(self, config: TrainConfig, folder: Path, steps: int, epoch: int) -> None:
-        self.config, self.steps, self._voice = config, steps, Voice()
+    def __init__(self, config: TrainConfig, folder: Path, steps: int, exits: Sequence[str], epoch: int) -> None:
+        self.config, self.steps, self.exits, self._voice = config, steps, exits, Voice()
         self._tensorboard = self._progress = None
         if config.reports.log == "tensorboard":
             try:
@@ -97,11 +99,12 @@ class Report:
 
             self._progress = progress.Progress(
                 progress.TextColumn("{task.description}"),
-                progress.BarColumn(),
+                progress.BarColumn(bar_width=None),  # what the words leave
                 progress.MofNCompleteColumn(),
                 progress.TimeRemainingColumn(),
                 progress.TextColumn("{task.fields[state]}"),
                 transient=True,
+                expand=True,
                 console=console.Console(file=cast(IO[str], self._voice)),
             )
             self._bar = self._progress.add_task("", total=steps, state="")
@@ -124,29 +127,48 @@ class Report:
         else:
             print(text, file=cast(IO[str], self._voice))
 
+    def _say_all(self, words: Sequence[str], indent: int) -> None:
+        for line in wrapped(words, indent, shutil.get_terminal_size().columns):
+            self.say(line)
+
     def step(self, epoch: int, step: int, loss: torch.Tensor, rate: float) -> None:
         """After a training step: ``loss`` [K] of this step, ``rate`` in images per second, ``step`` counted from 1."""
         on_terminal = self._progress is not None
         if step % (min(10, self.config.reports.log_interval) if on_terminal else self.config.reports.log_interval):
             return  # reading a loss waits for the device
-        state = f"loss {_numbers(loss.tolist(), '.3f')}  {rate:.0f} images/s"
+        values = [f"{value:.3f}" for value in loss.tolist()]
         if self._progress is not None:
-            self._progress.update(self._bar, description=f"epoch {epoch}", completed=step, state=state)
+            state = f"last loss {values[-1]}  {rate:.0f} images/s"
+            self._progress.update(
+                self._bar, description=f"epoch {epoch}", completed=step, total=self.steps, state=state
+            )
         else:
-            self.say(f"epoch {epoch} step {step}/{self.steps}  {state}")
+            place = f"epoch {epoch} step {step}/{self.steps}  {rate:.0f} images/s  loss"
+            self._say_all([place, *by_module(self.exits, values)], indent=4)
+
+    def validating(self, batches: Iterable[Any], total: int) -> Iterator[Any]:
+        """``batches`` as they come, the bar moving along; ``total`` of them are expected."""
+        for done, batch in enumerate(batches, start=1):
+            yield batch
+            if self._progress is not None:
+                self._progress.update(self._bar, description="validation", completed=done, total=total, state="")
 
     def epoch(self, row: Mapping[str, Any]) -> None:
-        """After an epoch: its row of ``metrics.jsonl`` in one line."""
+        """After an epoch: its row of ``metrics.jsonl``, in lines that break between values only."""
         self._log(lambda writer: _add_scalars(writer, row))
         memory, average = row["peak_memory_bytes"], row.get("ema_validation_accuracy")
-        self.say(
-            f"epoch {row['epoch']}/{self.config.optimization.epochs}"
-            f"  loss {_numbers(row['loss'], '.3f')}"
-            f"  val accuracy {_numbers([100 * share for share in row['validation_accuracy']], '.1f')} %"
-            f"  lr {row['lr']:.1e}  {row['images_per_second']:.0f} images/s"
-            + (f"  {memory / 2**20:.0f} MiB" if memory is not None else "")
-            + (f"  exported: moving average, {100 * average:.1f} %" if average is not None else "")
-        )
+        losses = [f"{loss:.3f}" for loss in row["loss"]]
+        accuracies = [f"{100 * share:.1f} %" for share in row["validation_accuracy"]]
+        several = len(losses) > 1
+        words = [f"epoch {row['epoch']}/{self.config.optimization.epochs}"]
+        words += [] if several else [f"loss {losses[0]}", f"val accuracy {accuracies[0]}"]
+        words += [f"lr {row['lr']:.1e}", f"{row['images_per_second']:.0f} images/s"]
+        words += [f"{memory / 2**20:.0f} MiB"] if memory is not None else []
+        words += [f"exported: moving average, {100 * average:.1f} %"] if average is not None else []
+        self._say_all(words, indent=4)
+        for name, values in (("loss", losses), ("val accuracy", accuracies)) if several else ():
+            first, *rest = by_module(row["exits"], values)
+            self._say_all([f"    {name:13s}{first}", *rest], indent=17)
 
     def _log(self, action: Callable[[Any], object]) -> None:
         """Do something with TensorBoard's writer, if there is one; its failures end the log and not the run."""
@@ -167,5 +189,19 @@ def _add_scalars(writer: Any, row: Mapping[str, Any]) -> None:
                 writer.add_scalar(f"{name}/{module}", entry, row["epoch"])
 
 
-def _numbers(values: Sequence[float], form: str) -> str:
-    return " ".join(format(value, form) for value in values)
+def by_module(exits: Sequence[str], values: Sequence[str]) -> list[str]:
+    """``["module 1: 2.301", "2: 1.204"]``: values labelled by the exits that they belong to; one alone needs no label."""
+    if len(values) == 1:
+        return list(values)
+    names = [exits[0], *(name.removeprefix("module ") for name in exits[1:])]
+    return [f"{name}: {value}" for name, value in zip(names, values, strict=True)]
+
+
+def wrapped(words: Sequence[str], indent: int, width: int) -> list[str]:
+    """``words``, two spaces apart, in lines of at most ``width`` that break between words only."""
+    lines = [""]
+    for word in words:
+        if lines[-1].strip() and len(lines[-1]) + 2 + len(word) > width:
+            lines.append(" " * indent)
+        lines[-1] += f"  {word}" if lines[-1].strip() else word
+    return lines

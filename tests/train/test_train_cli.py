@@ -19,6 +19,8 @@ import timm
 import torch
 
 import fastlocal
+from fastlocal.train.config import TrainConfig
+from fastlocal.train.report import Report, Voice, by_module, wrapped
 
 Command = Callable[..., Any]
 Flags = Callable[..., list[str]]
@@ -48,8 +50,40 @@ def test_doctor_names_versions_and_kernels(cli: Command) -> None:
     assert told.code == 0
     assert torch.__version__.split("+")[0] in told.out
     assert timm.__version__ in told.out
-    for op in ("window_attention", "attention", "reconstruction_loss"):
-        assert re.search(rf"^{op} +on cpu: PyTorch", told.out, re.MULTILINE)
+    assert re.search(
+        r"^kernels on cpu +window_attention, attention, reconstruction_loss: PyTorch", told.out, re.MULTILINE
+    )
+
+
+def test_everything_reads_at_80_columns(cli: Command, flags: Flags, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    told = cli("doctor").out
+    assert all(len(line) <= 80 for line in told.splitlines())
+    sentences = re.findall(r"[A-Z][^.:]*\.", " ".join(told.split()))
+    assert len(sentences) == len(set(sentences))
+    trained = cli("train", *flags(epochs=1, log_interval=1)).out.splitlines()
+    assert [line for line in trained if len(line) > 80 and not line.startswith(("run ", "done: "))] == []  # paths
+    assert any(re.fullmatch(r"    val accuracy module 1: [\d.]+ %  2: [\d.]+ %.*", line) for line in trained)
+
+
+def test_numbers_are_labelled_by_module_and_lines_break_between_them() -> None:
+    exits = [f"module {i}" for i in range(1, 25)]
+    words = by_module(exits, ["100.0 %"] * 24)
+    assert words[:2] == ["module 1: 100.0 %", "2: 100.0 %"]
+    lines = wrapped(["    val accuracy", *words], 17, 80)
+    assert "".join(lines).count("100.0 %") == 24
+    assert all(len(line) <= 80 and not line.endswith(":") for line in lines)
+    assert all(line.startswith(" " * 17) for line in lines[1:])
+    assert by_module(["module 4"], ["2.0"]) == ["2.0"]
+
+
+def test_validation_moves_the_bar(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Voice, "isatty", lambda self: True)
+    with Report(TrainConfig.of(), tmp_path, 5, ["module 1"], 0) as report:
+        seen = [(batch, report._progress.tasks[0].completed) for batch in report.validating(iter("abc"), 3)]
+        bar = report._progress.tasks[0]
+    assert seen == [("a", 0), ("b", 1), ("c", 2)]
+    assert (bar.description, bar.completed, bar.total) == ("validation", 3, 3)
 
 
 def test_train_then_evaluate_then_plain_timm(cli: Command, flags: Flags, tmp_path: Path) -> None:
