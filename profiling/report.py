@@ -1,4 +1,5 @@
-"""``fastlocal bench report``: every result row under profiling/results as tables and plots, one section per card.
+"""``fastlocal bench report``: every result row under profiling/results as tables and plots, one section per card, and what
+was counted without one: memory, traffic and compiled kernels.
 
 A table holds the latest row of each measurement of one card, each with the commit it was taken at. A folder whose rows
 come from two cards is refused. Plots need matplotlib and are left out, with a word, where it is missing.
@@ -6,14 +7,15 @@ come from two cards is refused. Plots need matplotlib and are left out, with a w
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastlocal.profiling import results
+from fastlocal.profiling import plots, results
 from fastlocal.profiling.card import caps, suite, throughput
 from fastlocal.profiling.cli import ArgumentParser, UserError
-from fastlocal.profiling.kernels import timing
+from fastlocal.profiling.kernels import block_traffic, compile_report, timing, traffic_report
 from fastlocal.profiling.kernels.workloads import OURS
 
 Row = Mapping[str, Any]
@@ -35,12 +37,16 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--output", type=Path, default=results.RESULTS, help="folder of the results (%(default)s)")
     arguments = parser.parse_args(argv)
     cards = {folder: rows for folder in sorted(_folders(arguments.output)) if (rows := read_card(folder))}
-    if not cards:
+    counted = list(uncarded(arguments.output))
+    if not cards and not counted:
         raise UserError(f"--output: no result rows under {arguments.output}; run a benchmark or the suite first.")
     sections = [section(folder, rows, draw(folder, rows)) for folder, rows in cards.items()]
     path = arguments.output / "README.md"
-    path.write_text("\n\n".join(["# Results", _PREAMBLE, *sections]) + "\n")
-    print(f"{sum(map(len, cards.values()))} measurements on {len(cards)} machine{'s' * (len(cards) != 1)}: {path}")
+    path.write_text("\n\n".join(["# Results", _PREAMBLE, *sections, *counted]) + "\n")
+    print(
+        f"{sum(map(len, cards.values()))} measurements on {len(cards)} machine{'s' * (len(cards) != 1)}, "
+        f"{len(counted)} sections of what needs none: {path}"
+    )
     return 0
 
 
@@ -160,26 +166,76 @@ def _commits(rows: Sequence[Row]) -> str:
     return "\n".join(f"- at commit {commit}: {'; '.join(names)}" for commit, names in commits.items())
 
 
+# --- What needs no card -----------------------------------------------------------------------------------------------
+
+
+def uncarded(output: Path) -> Iterator[str]:
+    """A section for the memory of each model, for the kernels' traffic and for what they compile to: what there is of it."""
+    for path in sorted((output / "memory").glob("*.jsonl")):
+        if rows := results.read_rows(path):
+            pictures = (f"{path.stem}-{name}.png" for name in ("timeline", "pareto", "bus"))
+            shown = [f"![{name}](memory/{name})" for name in pictures if (path.parent / name).exists()]
+            yield "\n\n".join([f"## Memory: {rows[0]['model']}, batch {rows[0]['batch_size']}", _memory(rows), *shown])
+    if (path := output / "traffic" / "report.json").exists():
+        content = json.loads(path.read_text())
+        blocks = [block_traffic.BlockTraffic(**block) for block in content["blocks"]]
+        tables = [traffic_report.table(content["ops"]), *([block_traffic.tables(blocks)] if blocks else [])]
+        yield "\n\n".join(["## Traffic of the kernels", _counted([content["origin"]]), *tables])
+    if found := compile_report.read_report(path := output / "compile" / "report.json"):
+        origin = json.loads(path.read_text())["origin"]
+        yield f"## What the kernels compile to\n\n{_counted([origin])}\n\n{compile_report.table(found)}"
+
+
+_MEASURED = {*("peak_bytes", "peak_by_kind", "host_bytes", "traffic_bytes", "flops", "seconds")}
+_ORIGIN = {*("card", "driver", "python", "torch", "triton", "commit", "date")}
+
+
+def _memory(rows: Sequence[Row]) -> str:
+    """Peaks of each set-up, the latest of each, and its compute against plain training's."""
+    latest = {str(sorted((k, v) for k, v in row.items() if k not in _MEASURED | _ORIGIN)): row for row in rows}
+    plain = next((row for row in latest.values() if row["name"] == "E2E"), None)
+    lines = [
+        {
+            "set-up": row["name"],
+            "K": row["modules"] if row["family"] != "rival" else None,
+            "decoder": row["decoder"],
+            "parts of": row["micro_batch"],
+            "recompute": row["recompute"],
+            "residency": row["residency"] if row["family"] != "rival" else "",
+            "boundaries": row.get("boundaries", "device") if row["family"] != "rival" else "",
+            "weights": row.get("weights", "full") if row["family"] != "rival" else "",
+            "device MiB": round(row["peak_bytes"] / 2**20, 1),
+            "host MiB": round(row["host_bytes"] / 2**20, 1),
+            "bus MiB": round(row["traffic_bytes"] / 2**20) if "traffic_bytes" in row else None,
+            "FLOPs": round(row["flops"] / plain["flops"], 3) if plain is not None else None,
+            "commit": row["commit"],
+        }
+        for row in latest.values()
+    ]
+    return f"{_counted(list(latest.values()))}\n\n{results.markdown_table(lines)}"
+
+
+def _counted(origins: Sequence[Row]) -> str:
+    torches = ", ".join(sorted({row["torch"] for row in origins}))
+    return f"Counted, not timed: no card is needed. torch {torches}, {plots.commit(origins)}."
+
+
 # --- Plots ------------------------------------------------------------------------------------------------------------
 
 
 def draw(folder: Path, rows: Sequence[Row]) -> list[str]:
     """The plots that ``rows`` give, written into ``folder``; their file names."""
-    try:
-        import matplotlib
-    except ImportError:
-        print(f"No plots for {folder.name}: matplotlib is not installed.")
+    if plots.pyplot() is None:
         return []
-    matplotlib.use("Agg")
     drawn = []
     timed = [row for row in rows if row["bench"] == "kernels" and row.get("gb_per_s")]
     if timed:
-        drawn.append(_draw_roofline(timed, folder / "roofline.png"))
+        drawn.append(_draw_roofline(timed, folder / "roofline"))
     for model in dict.fromkeys(row["model"] for row in rows if row["bench"] == "throughput"):
         measured = [row for row in rows if row["bench"] == "throughput" and row["model"] == model]
         measured = [row for row in measured if row["error"] is None]
         if measured:
-            drawn.append(_draw_pareto(measured, folder / f"pareto-{model}.png"))
+            drawn.append(_draw_pareto(measured, folder / f"pareto-{model}"))
     return drawn
 
 
@@ -227,9 +283,7 @@ def _draw_roofline(rows: Sequence[Row], path: Path) -> str:
     axes.set(xlabel="FLOP per compulsory byte", ylabel="TFLOP/s", title=_title(rows))
     axes.grid(which="both", alpha=0.2)
     axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-    return path.name
+    return plots.save(figure, path).name
 
 
 def _draw_pareto(rows: Sequence[Row], path: Path) -> str:
@@ -237,32 +291,18 @@ def _draw_pareto(rows: Sequence[Row], path: Path) -> str:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(8, 5), layout="constrained")
-    # Okabe and Ito's colours, which the colour-blind tell apart.
-    families = {"rival": ("#555555", "s"), "exact": ("#0072B2", "^"), "local": ("#D55E00", "o")}
-    for family, (colour, mark) in families.items():
+    for family, (colour, mark, label) in plots.FAMILIES.items():
         found = [(row["peak_mib"], row["images_per_s"]) for row in rows if row["family"] == family]
         if not found:
             continue
-        axes.scatter([x for x, _ in found], [y for _, y in found], c=colour, marker=mark, label=family)
-        axes.step(*zip(*front(found), strict=True), where="post", color=colour, linewidth=1, alpha=0.6)
+        axes.scatter([x for x, _ in found], [y for _, y in found], c=colour, marker=mark, label=label)
+        axes.step(*zip(*plots.front(found), strict=True), where="post", color=colour, linewidth=1, alpha=0.6)
     axes.set(xscale="log", xlabel="peak memory of a step, MiB", ylabel="images/s")
     axes.set_title(f"{_title(rows)}; {rows[0]['model']}, batch {rows[0]['batch_size']}")
     axes.grid(which="both", alpha=0.2)
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-    return path.name
-
-
-def front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Those of (memory, speed) that no other beats in both, by memory."""
-    best, kept = float("-inf"), []
-    for memory, speed in sorted(points, key=lambda point: (point[0], -point[1])):
-        if speed > best:
-            best = speed
-            kept.append((memory, speed))
-    return kept
+    return plots.save(figure, path).name
 
 
 def _title(rows: Sequence[Row]) -> str:
-    return f"{rows[0]['card']}, commit {', '.join(sorted({row['commit'] for row in rows}))}"
+    return f"{rows[0]['card']}, {plots.commit(rows)}"

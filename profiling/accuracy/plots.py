@@ -7,45 +7,40 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastlocal.profiling import results
+from fastlocal.profiling import plots, results
 from fastlocal.profiling.accuracy.recipe import Recipe
 from fastlocal.profiling.accuracy.table import Group, Row, tiers
-
-# Okabe and Ito's colours, which the colour-blind tell apart.
-COLOURS = ("#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999")
 
 
 def draw(name: str, recipe: Recipe, rows: Sequence[Row], folder: Path) -> list[Path]:
     """Draw every task and number of epochs that has at least two variants; returns the files."""
-    try:
-        import matplotlib
-    except ImportError:
-        print("matplotlib is not installed, so no plots: pip install 'fastlocal[plots]'")
+    if (pyplot := plots.pyplot()) is None:
         return []
-    matplotlib.use("Agg")
     drawn = []
     for task, epochs, found in tiers(rows):
         if len(found) < 2:
             continue
-        title = f"{task}, {epochs} epochs"
+        every = [row for group in found for row in group.rows]
+        title = f"{_model(every)} on {task}, {epochs} epochs, {plots.commit(every)}"
         stem = results.slug(f"{name}-{task}-{epochs}")
-        drawn.append(_save(folder / f"{stem}-curves.png", title, _curves, found, recipe.reference))
+        drawn.append(_save(folder / f"{stem}-curves", title, _curves(pyplot, found)))
         if any(group.variant == recipe.reference for group in found):
-            drawn.append(_save(folder / f"{stem}-gap.png", title, _gaps, found, recipe.reference))
+            drawn.append(_save(folder / f"{stem}-gap", title, _gaps(pyplot, found, recipe.reference)))
     return drawn
 
 
-def _save(path: Path, title: str, fill: Any, found: Sequence[Group], reference: str) -> Path:
-    from matplotlib import pyplot
-
-    figure = fill(pyplot, found, reference)
+def _save(path: Path, title: str, figure: Any) -> Path:
     figure.suptitle(title, fontsize=10)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
-    return path
+    return plots.save(figure, path)
 
 
-def _curves(pyplot: Any, found: Sequence[Group], reference: str) -> Any:
+def _model(rows: Sequence[Row]) -> str:
+    """The models and batch sizes of ``rows``."""
+    found = {(row["model"], row["options"].get("batch_size")) for row in rows}
+    return " and ".join(f"{model}, batch {batch}" if batch else str(model) for model, batch in sorted(found, key=str))
+
+
+def _curves(pyplot: Any, found: Sequence[Group]) -> Any:
     """Validation accuracy of the last exit over the epochs: the mean over seeds, and their range."""
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
     for group, colour in zip(found, _colours(len(found)), strict=True):
@@ -83,10 +78,9 @@ def _gaps(pyplot: Any, found: Sequence[Group], reference: str) -> Any:
 
 
 def _colours(count: int) -> list[str]:
-    return [COLOURS[i % len(COLOURS)] for i in range(count)]
+    return [plots.COLOURS[i % len(plots.COLOURS)] for i in range(count)]
 
 
 def _finish(axes: Any) -> None:
-    axes.grid(alpha=0.2)
-    axes.spines[["top", "right"]].set_visible(False)
+    plots.bare(axes)
     axes.legend(frameon=False, fontsize=8)

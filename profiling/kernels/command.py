@@ -123,8 +123,5 @@ def _time(arguments: Namespace) -> bool:
     folder = results.card_folder(arguments.output)
     rows = timing.time_kernels(timing.cuda_bench(), chosen, folder / "kernels.jsonl")
     print(timing.table(rows))
-    try:
-        timing.plot(rows, folder / "kernels.png")
-    except ImportError:
-        print("No plot: matplotlib is not installed.")
+    timing.plot(rows, folder / "kernels")
     return any(row["provider"] == OURS and row["error"] is not None for row in rows)

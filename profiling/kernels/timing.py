@@ -12,7 +12,7 @@ from torch import Tensor
 from torch._functorch import config as functorch_config
 
 from fastlocal.kernels import dispatch, use_kernels
-from fastlocal.profiling import results
+from fastlocal.profiling import plots, results
 from fastlocal.profiling.kernels.timer import Quantiles, cuda_milliseconds, differ, interleaved
 from fastlocal.profiling.kernels.workloads import COMPILED, FLEX, OURS, UNFUSED, Problem, Provider, Workload
 
@@ -227,16 +227,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Forward and backward together in bfloat16: a group of bars per workload, one bar per provider, in milliseconds.
-
-    Raises:
-        ImportError: matplotlib is not installed.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    """Forward and backward together in bfloat16: a group of bars per workload, one bar per provider, in milliseconds."""
+    if (pyplot := plots.pyplot()) is None:
+        return
     chosen = [row for row in rows if row["direction"] == "both" and row["error"] is None and row["dtype"] == "bfloat16"]
     groups = list(dict.fromkeys(f"{row['op']}\n{row['shape']}" for row in chosen))
     providers = list(dict.fromkeys(row["provider"] for row in chosen))
@@ -248,7 +241,6 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     axes.set_xticks([position + 0.4 for position in range(len(groups))], groups, fontsize=7)
     axes.set_yscale("log")
     axes.set_ylabel("forward + backward, ms (median)")
-    axes.set_title(f"{results.origin()['card']}, batch {BATCH}, bfloat16")
+    axes.set_title(f"{results.origin()['card']}, batch {BATCH}, bfloat16, {plots.commit(chosen)}")
     axes.legend()
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    plots.save(figure, path)

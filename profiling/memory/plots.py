@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from fastlocal.memory import Kind
-from fastlocal.profiling.cli import UserError
-from fastlocal.profiling.memory.setups import MIB, Family
+from fastlocal.profiling import plots
+from fastlocal.profiling.memory.setups import MIB
 from fastlocal.profiling.memory.step import Result
 
 # Okabe and Ito's colours, which the colour-blind tell apart.
@@ -21,22 +20,18 @@ _KIND_COLOURS: dict[Kind, str] = {
     "graph": "#D55E00",
     "temporary": "#F0E442",
 }
-_FAMILY_MARKS: dict[Family, tuple[str, str, str]] = {
-    "rival": ("#555555", "s", "end-to-end rivals"),
-    "exact": ("#0072B2", "^", "fastlocal, exact gradients"),
-    "local": ("#D55E00", "o", "fastlocal, local learning"),
-}
 
 
 def plot_timelines(results: Sequence[Result], about: str, path: Path) -> None:
     """Live bytes by kind over one step of each set-up, stacked, on one scale for all: ``path``.png and .svg."""
-    pyplot = _pyplot()
+    if (pyplot := plots.pyplot()) is None:
+        return
     from matplotlib.ticker import FuncFormatter
 
     columns = 2
     lines = -(-len(results) // columns)
     figure, grid = pyplot.subplots(lines, columns, figsize=(11, 2.5 * lines + 1), squeeze=False, layout="constrained")
-    figure.suptitle(f"Memory over one training step: {about}")
+    figure.suptitle(f"Memory over one training step: {about}, {plots.commit()}")
     for axes in grid.flat[len(results) :]:
         axes.set_visible(False)
     highest = max(result.peak for result in results) / MIB
@@ -47,20 +42,16 @@ def plot_timelines(results: Sequence[Result], about: str, path: Path) -> None:
         axes.stackplot(progress, layers, colors=list(_KIND_COLOURS.values()), labels=list(_KIND_COLOURS), linewidth=0)
         axes.set_title(f"{result.setup.label}: {result.peak / MIB:,.0f} MiB", fontsize=10)
         axes.set_xlim(0, 100)
-        # One scale, so that heights compare; a root, so that what is 20 times smaller is still seen.
-        axes.set_yscale("function", functions=(lambda y: abs(y) ** 0.5, lambda y: y**2))
-        axes.set_ylim(0, 1.05 * highest)
-        axes.set_yticks([highest * share for share in (0.01, 0.1, 0.25, 0.5, 1)])
+        axes.set_ylim(0, 1.05 * highest)  # one scale from zero: what needs a twentieth looks like a twentieth
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
-        axes.grid(axis="y", alpha=0.2)
-        axes.spines[["top", "right"]].set_visible(False)
+        plots.bare(axes)
     for axes in grid[:, 0]:
-        axes.set_ylabel("live MiB (root scale)")
+        axes.set_ylabel("live MiB")
     for axes in grid[-1]:
         axes.set_xlabel("allocations and releases of one step, % (of equal parts, three are run)")
     handles, labels = grid[0][0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    _save(figure, path)
+    plots.save(figure, path, ("png", "svg"))
 
 
 def plot_pareto(results: Sequence[Result], about: str, path: Path) -> None:
@@ -80,24 +71,22 @@ _SHOWN = ("yes", "nearly", "local")  # what trains another model, or a part of i
 
 
 def _plot_fronts(points: Sequence[tuple[float, Result]], title: str, horizontal: str, path: Path) -> None:
-    pyplot = _pyplot()
+    if (pyplot := plots.pyplot()) is None:
+        return
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
-    axes.set_title(title, fontsize=11)
+    axes.set_title(f"{title}, {plots.commit()}", fontsize=11)
     texts = []
-    for family, (colour, mark, label) in _FAMILY_MARKS.items():
-        own = sorted(((x, r.peak / MIB, r.setup) for x, r in points if r.setup.family == family), key=lambda p: p[:2])
+    for family, (colour, mark, label) in plots.FAMILIES.items():
+        own = [(x, result.peak / MIB, result.setup) for x, result in points if result.setup.family == family]
         if not own:
             continue
         axes.scatter([x for x, *_ in own], [y for _, y, _ in own], c=colour, marker=mark, label=label, alpha=0.8)
-        front, lowest = [], float("inf")
-        for x, y, setup in own:
-            if y < 0.97 * lowest:
-                lowest = y
-                front.append((x, y))
-                texts.append((x, y, setup.label if family == "rival" else f"K={setup.modules}", colour))
+        front = [(x, -y) for x, y in plots.front(((x, -y) for x, y, _ in own), tolerance=0.03)]
         axes.step(*zip(*front, strict=True), where="post", color=colour, linewidth=1, alpha=0.6)
+        names = {(x, y): setup.label if family == "rival" else f"K={setup.modules}" for x, y, setup in reversed(own)}
+        texts += [(x, y, names[x, y], colour) for x, y in front]
     axes.set_yscale("log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,.0f}"))
@@ -106,44 +95,7 @@ def _plot_fronts(points: Sequence[tuple[float, Result]], title: str, horizontal:
     axes.set_xlim(-0.03 * right, 1.25 * right)
     axes.set_xlabel(horizontal)
     axes.set_ylabel("peak memory on the device, MiB")
-    axes.grid(alpha=0.2)
-    axes.spines[["top", "right"]].set_visible(False)
+    plots.bare(axes)
     axes.legend(frameon=False)
-    _annotate(figure, axes, texts)
-    _save(figure, path)
-
-
-def _annotate(figure: Any, axes: Any, texts: Sequence[tuple[float, float, str, str]]) -> None:
-    """Write each text (x, y, text, colour) beside its point, at the first of some places where it covers no other."""
-    figure.canvas.draw()
-    taken: list[Any] = []
-    for x, y, text, colour in texts:
-        for offset in ((6, 3), (6, -9), (6, 13), (6, -19), (6, 23), (6, -29), (6, 33), (6, -39)):
-            label = axes.annotate(
-                text, (x, y), xytext=offset, textcoords="offset points", fontsize=7, color=colour, annotation_clip=False
-            )
-            box = label.get_window_extent(figure.canvas.get_renderer())
-            if not any(box.overlaps(other) for other in taken):
-                break
-            label.remove()
-        else:
-            continue  # no room: the table has it
-        taken.append(box)
-
-
-def _pyplot() -> Any:
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError("the plots need matplotlib: pip install 'fastlocal[plots]'.") from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    return pyplot
-
-
-def _save(figure: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for suffix in ("png", "svg"):
-        figure.savefig(path.with_name(f"{path.name}.{suffix}"), dpi=160)
-    _pyplot().close(figure)
+    plots.label(figure, axes, texts, [(x, result.peak / MIB) for x, result in points])
+    plots.save(figure, path, ("png", "svg"))

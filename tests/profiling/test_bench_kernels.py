@@ -207,7 +207,7 @@ def test_table_compares_with_the_best_rival(tmp_path: Path) -> None:
     header, values = ([cell.strip() for cell in lines[i].strip("|").split("|")] for i in (0, 2))
     assert dict(zip(header, values, strict=True))["× best rival"] == "1.5"
     pytest.importorskip("matplotlib")
-    timing.plot([ours, *rivals], tmp_path / "plot.png")
+    timing.plot([ours, *rivals], tmp_path / "plot")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.text import Text
+from matplotlib.transforms import Bbox
 
-from fastlocal.profiling import report
+from fastlocal.profiling import plots, report
 from fastlocal.profiling.card.throughput import Setup, baseline
 from fastlocal.profiling.cli import bench
 
@@ -134,4 +137,41 @@ def test_flops_of_the_known_shapes() -> None:
 
 
 def test_the_front_keeps_what_nothing_beats() -> None:
-    assert report.front([(3, 5), (1, 1), (2, 4), (2, 3), (4, 4)]) == [(1, 1), (2, 4), (3, 5)]
+    assert plots.front([(3, 5), (1, 1), (2, 4), (2, 3), (4, 4)]) == [(1, 1), (2, 4), (3, 5)]
+
+
+def test_what_is_committed_is_reported_without_a_card(tmp_path: Path) -> None:
+    committed = Path(report.__file__).resolve().with_name("results")
+    output = tmp_path / "results"
+    shutil.copytree(committed, output)
+    for folder in output.iterdir():  # whatever was measured on cards
+        if folder.name not in ("memory", "traffic", "compile"):
+            shutil.rmtree(folder) if folder.is_dir() else folder.unlink()
+    assert bench(["report", "--output", str(output)]) == 0
+    text = (output / "README.md").read_text()
+    assert "## Memory: swin_tiny_patch4_window7_224, batch 64" in text
+    assert "4,221" in text  # plain training, MiB
+    assert "](memory/swin_tiny_patch4_window7_224-64-timeline.png)" in text
+    assert "## Traffic of the kernels" in text
+    assert "## What the kernels compile to" in text
+    assert "commit" in text
+
+
+def test_labels_cover_neither_each_other_nor_marks_nor_the_legend() -> None:
+    pyplot = plots.pyplot()
+    figure, axes = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    points = [(x, 100 + 3 * x) for x in range(8)] + [(0.1, 100.5), (0.2, 101)]
+    axes.scatter(*zip(*points, strict=True), label="set-ups")
+    axes.legend()
+    plots.label(figure, axes, [(x, y, f"a rather long name, K={x}", "black") for x, y in points], points)
+    renderer = figure.canvas.get_renderer()
+    for note in axes.texts:
+        note.update_positions(renderer)
+    boxes = [Text.get_window_extent(note, renderer) for note in axes.texts]
+    assert len(boxes) >= 8
+    boxes.append(axes.get_legend().get_window_extent(renderer))
+    boxes += [Bbox.from_bounds(x - 3, y - 3, 6, 6) for x, y in axes.transData.transform(points)]
+    texts = len(axes.texts)
+    for i, box in enumerate(boxes[:texts]):
+        assert not any(box.overlaps(other) for other in boxes[i + 1 :])
+    pyplot.close(figure)
