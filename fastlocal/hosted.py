@@ -84,6 +84,9 @@ class HostedOptimizer:
     Args:
         slabs: the slab of each of its parameters.
 
+    Attributes:
+        most_slices: step on no more than so many slices, of an elementwise optimizer: a dry run's, which wants no values.
+
     Raises:
         ValueError: the optimizer needs all gradients at once.
     """
@@ -93,6 +96,7 @@ class HostedOptimizer:
         self._slabs = slabs
         self._bus = bus
         self._elementwise = type(optimizer) in ELEMENTWISE
+        self.most_slices: int | None = None
         if isinstance(optimizer, timm.optim.Lamb) and any(g["max_grad_norm"] for g in optimizer.param_groups):
             raise ValueError(
                 "optimizer: LAMB with max_grad_norm divides by the norm of all gradients, and residency='optimizer' and"
@@ -106,7 +110,7 @@ class HostedOptimizer:
         gradients = {p: p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None}
         optimizer.zero_grad(set_to_none=True)
         before = {p: dict(optimizer.state.get(p, {})) for p in gradients}  # what every slice of a parameter starts from
-        slices = self._slices(gradients)
+        slices = self._slices(gradients)[: self.most_slices if self._elementwise else None]
         # Some optimizers count their steps in a group; every slice must be the same step.
         groups = [dict(group) for group in optimizer.param_groups]
         group_of = {p: i for i, group in enumerate(groups) for p in group["params"]}

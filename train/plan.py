@@ -117,7 +117,8 @@ def command(plan: Plan, config: TrainConfig) -> str:
             words.append(flag(option) if value is True else f"{flag(option)} {shlex.quote(_text(value))}")
     cuts = ",".join(map(str, plan.cuts)) + "," * (len(plan.cuts) == 1)  # "8," is a cut, and 8 a number of modules
     for name, value in {**plan.arguments(), "modules": cuts or 1, "batch_size": plan.batch_size}.items():
-        words.append(f"{flag(name)} {value}")
+        negated = f"--no-{flag(name).removeprefix('--')}"
+        words.append(f"{flag(name)} {value}" if not isinstance(value, bool) else flag(name) if value else negated)
     lines = [words[0]]
     for word in words[1:]:
         if len(lines[-1]) + len(word) + 3 > WIDTH:
@@ -149,7 +150,8 @@ def _table(title: str, candidates: tuple[Candidate, ...]) -> Table:
     for candidate in candidates:
         plan = candidate.plan
         kept = {"all": "all", "optimizer": "weights", "module": "a module"}[plan.residency]
-        kept += ", low" * (plan.weights == "low") + ", no bound." * (plan.boundaries == "host")
+        alone = "one module" if not plan.prefetch else kept
+        kept = alone + ", low" * (plan.weights == "low") + ", no bound." * (plan.boundaries == "host")
         table.add_row(
             plan.accuracy if plan.accuracy == "exact" else f"local: {plan.objective}",
             str(plan.modules),

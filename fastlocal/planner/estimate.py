@@ -28,7 +28,7 @@ class Plan:
         cuts: index of the first block of the second, third, … module; empty for one module.
         batch_size: samples per step.
         micro_batch: samples per part.
-        recompute, residency, boundaries, weights: as for `LocalTrainer`.
+        recompute, residency, boundaries, weights, prefetch: as for `LocalTrainer`.
         peak: bytes of tensors on the device at the peak of a step.
         host: bytes of weights, optimizer states and boundaries in host memory.
         compute: FLOPs of a step, as a multiple of a plain end-to-end step's.
@@ -44,6 +44,7 @@ class Plan:
     residency: Keep
     boundaries: Home
     weights: Weights
+    prefetch: bool
     peak: int
     host: int
     compute: float
@@ -76,6 +77,7 @@ class Plan:
             "residency": self.residency,
             "boundaries": self.boundaries,
             "weights": self.weights,
+            "prefetch": self.prefetch,
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -124,10 +126,18 @@ class Cut:
         return [*([self.profile.stem] if k == 0 else []), *blocks, *([heads] if heads is not None else [])]
 
     def plan(
-        self, micro_batch: int, recompute: Recompute, residency: Keep, boundaries: Home, weights: Weights, card: Card
+        self,
+        micro_batch: int,
+        recompute: Recompute,
+        residency: Keep,
+        boundaries: Home,
+        weights: Weights,
+        prefetch: bool,
+        card: Card,
     ) -> Plan:
         """The way to train with these options, its needs and cost estimated."""
         traffic = self._traffic(residency, boundaries, weights)
+        waited = 0 if prefetch else self._fetched(residency, weights)
         flops, plain = self._flops(recompute), self._plain
         launched = -(-self.batch_size // micro_batch) * len(self.profile.blocks) * flops / plain
         saved = sum(part.saved.per_sample for parts in self.parts for part in parts) * self.batch_size
@@ -143,16 +153,30 @@ class Cut:
             residency=residency,
             boundaries=boundaries,
             weights=weights,
-            peak=round(self._peak(micro_batch, recompute, residency, boundaries, weights)),
+            prefetch=prefetch,
+            peak=round(self._peak(micro_batch, recompute, residency, boundaries, weights, prefetch)),
             host=round(self._host(residency, boundaries, weights)),
             compute=flops / plain,
             traffic=round(traffic),
             # The bus works while the card does, so the slower of the two counts; each direction has half of the traffic,
-            # and a tenth of it is taken to be waited for.
-            seconds=max(computing, traffic / 2 / card.bus) + 0.05 * traffic / card.bus + launched * SECONDS_PER_BLOCK,
+            # and a tenth of it is taken to be waited for; weights that are not prefetched are waited for whole.
+            seconds=max(computing, traffic / 2 / card.bus)
+            + (0.05 * traffic + waited) / card.bus
+            + launched * SECONDS_PER_BLOCK,
         )
 
+    def _fetched(self, residency: Keep, weights: Weights) -> float:
+        """Bytes of weights that come to the device: each module's once, with exact gradients twice but for the last."""
+        if residency != "module":
+            return 0.0
+        sizes = [own - c / 2 * (weights == "low") for own, c in zip(self._owned, self._castable, strict=True)]
+        return sum(sizes) + (sum(sizes[:-1]) if self.objective.exact else 0)
+
     # Memory
+
+    @functools.cached_property
+    def _castable(self) -> list[int]:
+        return [sum(part.castable for part in parts) for parts in self.parts]
 
     @functools.cached_property
     def _owned(self) -> list[int]:
@@ -167,12 +191,18 @@ class Cut:
         return self.profile.boundary(self.spans[k].start) if k else self.profile.image
 
     def _peak(
-        self, micro_batch: int, recompute: Recompute, residency: Keep, boundaries: Home, weights: Weights
+        self,
+        micro_batch: int,
+        recompute: Recompute,
+        residency: Keep,
+        boundaries: Home,
+        weights: Weights,
+        prefetch: bool,
     ) -> float:
         modules = range(len(self.parts))
         held: list[float] = list(self._owned)
         if weights == "low":
-            held = [own - sum(p.castable for p in parts) / 2 for own, parts in zip(held, self.parts, strict=True)]
+            held = [own - castable / 2 for own, castable in zip(held, self._castable, strict=True)]
         everything: float = self.extra if residency != "module" else 0
         everything += {"all": sum(self._owned) + self.states * sum(self._trained), "optimizer": sum(self._owned)}.get(
             residency, 0
@@ -185,7 +215,7 @@ class Cut:
             if residency != "all":  # two slices of the states and of the master, and temporaries of one
                 temporaries = min(4 * SLICE, self._trained[k] / 2) * (2 * self.states + 1 + 2 * (weights == "low"))
             neighbour = (k - 1 if self.objective.exact and k else k + 1) if len(modules) > 1 else k
-            here = held[k] + (held[neighbour] if neighbour != k and neighbour < len(held) else 0)
+            here = held[k] + (held[neighbour] if prefetch and neighbour != k and neighbour < len(held) else 0)
             here = here if residency == "module" else 0
             standing = self._standing(k, micro_batch, boundaries)
             peak = max(peak, everything + here + self._trained[k] + max(computing, temporaries) + standing)
@@ -219,7 +249,7 @@ class Cut:
         if residency == "module":
             total += sum(self._owned) + self.extra
             if weights == "low":
-                total += sum(part.castable for parts in self.parts for part in parts) / 2
+                total += sum(self._castable) / 2
         if boundaries == "host":
             standing = [self._boundary(k) for k in range(len(self.spans))]
             total += self.batch_size * (sum(standing) + max(standing) if self.objective.exact else 3 * max(standing))
@@ -245,13 +275,9 @@ class Cut:
         """Bytes over the bus, both ways together."""
         total = 0.0 if residency == "all" else 2 * self.states * sum(self._trained)
         if residency == "module":
-            castable = [sum(part.castable for part in parts) for parts in self.parts]
-            fetched = [own - c / 2 * (weights == "low") for own, c in zip(self._owned, castable, strict=True)]
-            total += sum(fetched) + sum(self._trained)
-            if self.objective.exact:
-                total += sum(fetched[:-1])
+            total += self._fetched(residency, weights) + sum(self._trained)
             if weights == "low":  # the fp32 master comes for the update, and the cast goes back with it
-                total += 1.5 * sum(castable)
+                total += 1.5 * sum(self._castable)
         if boundaries == "host":
             standing = sum(self._boundary(k) for k in range(1, len(self.spans)))
             crossings = 5 if self.objective.exact else 2

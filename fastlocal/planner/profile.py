@@ -110,7 +110,9 @@ class Profile:
     def _measure(self, part: nn.Module, source: Geometry, first: bool, extra: Sequence[Geometry]) -> Cost:
         parameters = list(part.parameters())
         trained = [p for p in parameters if p.requires_grad]
-        runs = [self._run(part, source, first, extra, samples) for samples in (SIZES[0], *SIZES)][1:]
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)  # as a part has it that is not the first
+        runs = [self._run(part, source, first, extra, samples) for samples in SIZES]
         for parameter in parameters:
             parameter.grad = None
         return Cost(
@@ -126,7 +128,7 @@ class Profile:
     def _run(
         self, part: nn.Module, source: Geometry, first: bool, extra: Sequence[Geometry], samples: int
     ) -> tuple[float, float, int, int]:
-        """(saved, work, forward FLOPs, backward FLOPs) of a run on ``samples``, after one that made the gradients."""
+        """(saved, work, forward FLOPs, backward FLOPs) of a run on ``samples``, with gradients to add to."""
         dtype = torch.float32 if first else self.amp_dtype or torch.float32
         x = torch.empty(samples, *source.shape, dtype=dtype, requires_grad=not first)
         beside = [torch.empty(samples, *one.shape, dtype=dtype) for one in extra]

@@ -23,6 +23,9 @@ from fastlocal.planner.estimate import Plan
 from fastlocal.planner.profile import structure
 from fastlocal.trainer import LocalTrainer
 
+# Slices of a module that an elementwise optimizer steps on, before all others are like them and hold less.
+LIKE_OTHERS = 3
+
 
 def rehearse(model: nn.Module, plan: Plan, options: dict[str, Any], image_dtype: torch.dtype, foreach: bool) -> int:
     """The peak, in bytes on the device, of a step of ``plan``. For use inside a dry run.
@@ -38,6 +41,7 @@ def rehearse(model: nn.Module, plan: Plan, options: dict[str, Any], image_dtype:
         copied, **{**plan.arguments(), **options, "modules": cuts, "device": "cpu", "kernels": "reference"}
     )
     _make_states(trainer, foreach)
+    trainer.residency.rehearse_slices(LIKE_OTHERS)
     parts = min(2, -(-plan.batch_size // plan.micro_batch))
     batch = min(parts * plan.micro_batch, plan.batch_size)
     images = torch.empty(batch, *trainer.backbone.image.shape, dtype=image_dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from fastlocal import memory as dry
-from fastlocal.backbones import backbone
+from fastlocal.backbones import Backbone, backbone
 from fastlocal.boundary import Home
 from fastlocal.heads import AuxiliaryHead
 from fastlocal.module import ModuleOptions, Recompute, build_modules
@@ -243,8 +243,7 @@ def _cuts(
         if name not in OBJECTIVES:
             raise ValueError(f"objective must be one of {', '.join(OBJECTIVES)}, got {name!r}.")
         target = OBJECTIVES[name](options.get("first_target", "image"))
-        for count in _module_counts(len(view.blocks), target.exact):
-            spans = partition(view, count)
+        for spans in _spans(view, target.exact):
             modules = build_modules(view, spans, view.logits[-1], target, made_of)
             yield Cut(profile, target, modules, batch_size, states, extra, foreach)
 
@@ -259,10 +258,21 @@ def _state_share(make: Callable[..., torch.optim.Optimizer]) -> float:
     return sum(value.nbytes for value in held if isinstance(value, torch.Tensor) and value.numel() > 1) / weight.nbytes
 
 
-def _module_counts(blocks: int, exact: bool) -> list[int]:
-    """The K worth trying: 1 only for exact gradients, then doubling, up to one module per block."""
+def _spans(view: Backbone, exact: bool) -> list[tuple[range, ...]]:
+    """The cuts worth trying: into 1 (only for exact gradients), 2, 4, … modules of like cost, up to one per block.
+
+    An exact step runs all modules but the last twice, so there the last may also be half or three quarters of the blocks.
+    """
+    blocks = len(view.blocks)
     counts = {k for k in (2, 4, 8, 16, 32, 64) if k < blocks} | {blocks} | ({1} if exact else set())
-    return sorted(counts)
+    found = [partition(view, count) for count in sorted(counts)]
+    for share in (1 / 2, 3 / 4) if exact else ():
+        before = round(blocks * (1 - share))
+        for count in (1, 2, 4):
+            if count <= before < blocks:
+                starts = [round(before * i / count) for i in range(1, count + 1)]
+                found.append(partition(view, starts))
+    return list(dict.fromkeys(found))
 
 
 def _ways(cut: Cut, card: Card, options: dict[str, Any]) -> Iterator[Plan]:
@@ -270,15 +280,18 @@ def _ways(cut: Cut, card: Card, options: dict[str, Any]) -> Iterator[Plan]:
     sizes = [cut.batch_size]
     while sizes[-1] > 1 and not cut.needs_whole_batch:  # BatchNorm needs the batch whole
         sizes.append(-(-sizes[-1] // 2))
-    for recompute, residency, boundaries, weights in product(*map(get_args, (Recompute, Keep, Home, Weights))):
+    kinds = map(get_args, (Recompute, Keep, Home, Weights))
+    for recompute, residency, boundaries, weights, prefetch in product(*kinds, (True, False)):
         if weights == "low" and (residency != "module" or options["amp_dtype"] is None):
             continue
         if not cut.cuts and boundaries == "host":
             continue
+        if not prefetch and (residency != "module" or not cut.cuts):
+            continue  # there is nothing to fetch
         if recompute == "block" and len(cut.cuts) + 1 == len(cut.profile.blocks):
             continue  # a module's last block is never recomputed
         for size in sizes:
-            yield cut.plan(size, recompute, residency, boundaries, weights, card)
+            yield cut.plan(size, recompute, residency, boundaries, weights, prefetch, card)
 
 
 def _table(
@@ -287,10 +300,10 @@ def _table(
     """The chosen plan, what was rehearsed in vain, and the best that fits for each objective and number of modules."""
     if chosen is not None:
         yield Candidate(seen[chosen], CHOSEN)
-    shown = {(chosen.objective, chosen.cuts)} if chosen is not None else set()
-    groups: dict[tuple[str, tuple[int, ...]], list[Plan]] = {}
+    shown = {(chosen.objective, chosen.modules)} if chosen is not None else set()
+    groups: dict[tuple[str, int], list[Plan]] = {}
     for way in ways:
-        groups.setdefault((way.objective, way.cuts), []).append(way)
+        groups.setdefault((way.objective, way.modules), []).append(way)
     others = []
     for key, group in groups.items():
         fitting = [w for w in group if w not in seen and w.peak <= limit and (host is None or w.host <= host)]

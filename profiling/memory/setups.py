@@ -106,7 +106,7 @@ class Setup:
         recompute: recompute each block in the backward (for a rival, timm's gradient checkpointing).
         tuned: what few loops do and ours does: images wait on the device as uint8 and are normalized part by part, and
             autocast keeps no copies of the weights. Otherwise all images are there in fp32, and autocast is as it is.
-        boundaries: ``"device"`` or ``"host"``; and weights, ``"full"`` or ``"low"``: as for `LocalTrainer`.
+        boundaries, weights, prefetch: as for `LocalTrainer`.
         method: what a rival adds to this: a name in `METHODS`, or nothing.
     """
 
@@ -121,6 +121,7 @@ class Setup:
     method: str = ""
     boundaries: str = "device"
     weights: str = "full"
+    prefetch: bool = True
 
     @property
     def name(self) -> str:
@@ -139,7 +140,8 @@ class Setup:
         parts = f", parts of {self.micro_batch}" if self.micro_batch is not None else ""
         host = ", boundaries on the host" if self.boundaries == "host" else ""
         low = ", low weights" if self.weights == "low" else ""
-        return f"{self.name}{modules}{parts}{host}{low}"
+        alone = "" if self.prefetch else ", no prefetch"
+        return f"{self.name}{modules}{parts}{host}{low}{alone}"
 
     @property
     def exact(self) -> Exact:
@@ -151,7 +153,8 @@ class Setup:
         """Lines of user code beyond plain training's; one of ours is a call with an argument a line."""
         if self.family != "rival":
             chosen = (self.micro_batch, self.recompute, self.residency != "all", self.boundaries == "host")
-            return 4 + sum(map(bool, (*chosen, self.weights == "low")))  # the call, modules, objective and amp_dtype
+            chosen += (self.weights == "low", not self.prefetch)
+            return 4 + sum(map(bool, chosen))  # the call, modules, objective and amp_dtype
         accumulation = len(ACCUMULATION.strip().splitlines()) if self.micro_batch is not None else 0
         added = METHODS[self.method].lines if self.method else 0
         return added + accumulation + (len(CHECKPOINTING.splitlines()) if self.recompute else 0)
@@ -183,11 +186,17 @@ def ours(modules: Sequence[int], objectives: Sequence[str], decoders: Sequence[s
     leanest = [count for count in modules if count == max(modules)]
     setups += [replace(base, micro_batch=1, modules=count) for count in leanest]
     for family in (base, replace(base, family="exact", objective="end-to-end", decoder="")):
-        setups += [replace(family, modules=count, boundaries="host") for count in leanest]
-        setups += [replace(family, modules=count, boundaries="host", weights="low") for count in leanest]
+        host = [replace(family, modules=count, boundaries="host") for count in leanest]
+        low = [replace(setup, weights="low") for setup in host]
+        # The budget buys either larger parts, which keep a card busier, or the next weights on their way.
+        smaller = [replace(setup, micro_batch=max(1, micro_batch // n)) for setup in low for n in (2, 4)]
+        setups += [*host, *low, *smaller, *(replace(setup, prefetch=False) for setup in smaller)]
     if four:
         setups += [replace(base, residency=residency) for residency in ("all", "optimizer")]
-        setups += [replace(base, family="exact", objective="end-to-end", decoder="", residency="all")]
+        exact = replace(base, family="exact", objective="end-to-end", decoder="")
+        setups += [replace(exact, residency="all")]
+        fewer = max(1, micro_batch // 4)
+        setups += [replace(s, residency="all", boundaries="host", micro_batch=fewer) for s in (base, exact)]
         setups += [replace(base, recompute=False)]
         setups += [
             replace(base, objective=name, decoder="linear" if name == "image" else "")

@@ -59,13 +59,11 @@ Step = Callable[[Tensor, Tensor, "int | None"], object]  # on a batch, in parts 
 def measure(model: nn.Module, setup: Setup, batch_size: int) -> Result:
     """What one step of ``setup`` costs; ``model`` (on ``meta``, say) is only copied."""
     start = time.perf_counter()
-    with _metered(model, setup) as step:
-        meter = step(batch_size, setup.micro_batch)
-        traffic = 0
-        if meter.traffic:
-            one, two, halves = (step(*of).traffic for of in ((1, 1), (2, 2), (2, 1)))
-            parts = -(-batch_size // setup.micro_batch) if setup.micro_batch is not None else 1
-            traffic = one + (batch_size - 1) * (two - one) + (parts - 1) * (halves - two)
+    meter, traffic = meter_step(model, setup, batch_size), 0
+    if meter.traffic:
+        once, per_sample, per_part = _traffic(model, replace(setup, micro_batch=None, prefetch=True))
+        parts = -(-batch_size // setup.micro_batch) if setup.micro_batch is not None else 1
+        traffic = once + batch_size * per_sample + parts * per_part
     return Result(
         setup,
         peak=meter.peak,
@@ -82,6 +80,15 @@ def meter_step(model: nn.Module, setup: Setup, batch_size: int) -> Meter:
     """The meter of one step of ``setup`` in a dry run."""
     with _metered(model, setup) as step:
         return step(batch_size, setup.micro_batch)
+
+
+@functools.cache
+def _traffic(model: nn.Module, setup: Setup) -> tuple[int, int, int]:
+    """Bytes over the bus once per step, for each sample and for each part; neither parts nor prefetching change these."""
+    with _metered(model, setup) as step:
+        one, two, halves = (step(*of).traffic for of in ((1, 1), (2, 2), (2, 1)))
+    per_sample, per_part = two - one, halves - two
+    return one - per_sample - per_part, per_sample, per_part
 
 
 @contextlib.contextmanager
@@ -109,7 +116,7 @@ def count_flops(model: nn.Module, setup: Setup, batch_size: int) -> int:
     # Neither the size of the parts nor where tensors wait changes what is computed.
     method = setup.method if setup.method in ("lora", "badam") else ""
     same = replace(setup, micro_batch=None, residency="all", tuned=False, method=method)
-    same = replace(same, boundaries="device", weights="full")
+    same = replace(same, boundaries="device", weights="full", prefetch=True)
     return _flops_of_two(model, same) * batch_size // 2
 
 
@@ -135,6 +142,7 @@ def _build(model: nn.Module, setup: Setup) -> tuple[Step, list[Any]]:
         residency=setup.residency,  # type: ignore[arg-type]
         boundaries=setup.boundaries,  # type: ignore[arg-type]
         weights=setup.weights,  # type: ignore[arg-type]
+        prefetch=setup.prefetch,
         amp_dtype=torch.bfloat16,
     )
     parts = trainer.engine.parts

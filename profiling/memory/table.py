@@ -37,6 +37,9 @@ def rows(results: Sequence[Result], weights: int) -> list[dict[str, Any]]:
             "residency": result.setup.residency if result.setup.family != "rival" else "",
             "boundaries": result.setup.boundaries if result.setup.family != "rival" else "",
             "weights": result.setup.weights if result.setup.family != "rival" else "",
+            "prefetch": result.setup.prefetch
+            if result.setup.family != "rival" and result.setup.residency != "all"
+            else "",
             "device MiB": round(result.peak / MIB, 1),
             "vs E2E": round(result.peak / plain.peak, 3),
             "host MiB": round(result.host / MIB, 1),

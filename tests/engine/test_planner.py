@@ -53,6 +53,7 @@ def drawn(draw: random.Random, model: nn.Module) -> Plan:
         residency=residency,  # type: ignore[arg-type]
         boundaries=draw.choice(["device", "host"]),
         weights=draw.choice(["full", "low"]) if residency == "module" else "full",
+        prefetch=draw.choice([True, False]) if residency == "module" else True,
         peak=0,
         host=0,
         compute=0.0,
@@ -86,7 +87,7 @@ def test_estimated_compute_and_traffic_are_those_of_the_step(build: Build) -> No
     for objective in ("end-to-end", "feature"):
         ways = search(model, batch_size=4, budget="1GiB", reserve=0, objective=objective).candidates
         found.update({(way.plan.objective, way.plan.modules): way.plan for way in ways})
-    assert {modules for _, modules in found} == {1, 2, 4}
+    assert {modules for _, modules in found} == {1, 2, 3, 4}
     with memory.dry_run():
         plain = flops_of(model, {"modules": 1, "objective": "end-to-end"})
         for plan in found.values():
@@ -150,7 +151,7 @@ def test_host_memory_is_a_budget_too(small: nn.Module) -> None:
 def test_what_the_optimizer_and_the_average_take_is_rehearsed(small: nn.Module) -> None:
     weights = sum(p.nbytes for p in small.parameters())
     with memory.dry_run():
-        plain = Plan("end-to-end", (), 1, 1, "none", "all", "device", "full", 0, 0, 1.0, 0, 0.0)
+        plain = Plan("end-to-end", (), 1, 1, "none", "all", "device", "full", True, 0, 0, 1.0, 0, 0.0)
         options: dict[str, Any] = {"amp_dtype": torch.bfloat16}
         alone = rehearse(small, plain, options, torch.uint8, foreach=False)
         at_once = rehearse(small, plain, options, torch.uint8, foreach=True)  # CUDA's default
