@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 
-.PHONY: demo test soak test-oldest families
+.PHONY: demo test soak test-oldest families docs
 demo: $(VENV)/.installed
 	$(VENV)/bin/fastlocal train --data digits
 
@@ -36,3 +36,8 @@ $(VENV)/.installed: pyproject.toml
 # Which of timm's models fastlocal sees, each built without memory; an hour. tests/engine/families.csv, docs/families.md.
 families: $(VENV)/.installed
 	$(VENV)/bin/python tests/engine/families.py
+
+# The site, in site/: pages of docs/ and the public docstrings. A broken link is an error.
+docs: $(VENV)/.installed
+	$(VENV)/bin/python -m pip install -q -e '.[docs]'
+	$(VENV)/bin/mkdocs build --strict

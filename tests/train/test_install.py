@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import pkgutil
 import pydoc
 import re
 import subprocess
@@ -85,6 +86,18 @@ def test_a_checkout_that_is_not_installed_shows_all_its_packages() -> None:
     assert done.returncode == 0, done.stderr
     found = [Path(line).resolve().relative_to(ROOT) for line in done.stdout.splitlines()]
     assert [str(path.parent) for path in found] == ["kernels", "train/data", "profiling/card"]
+
+
+def test_the_site_has_its_pages_and_documents_what_there_is() -> None:
+    pages = re.findall(r"^  - .*: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE)
+    assert len(pages) == 7
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} == set(pages)
+    names = [
+        name for page in pages for name in re.findall(r"^::: (\S+)$", (ROOT / "docs" / page).read_text(), re.MULTILINE)
+    ]
+    assert "fastlocal.LocalTrainer" in names
+    for name in names:
+        assert pkgutil.resolve_name(name).__doc__, name
 
 
 def test_every_dependency_is_imported() -> None:
