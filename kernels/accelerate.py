@@ -14,7 +14,6 @@ from torch import nn
 
 from fastlocal.kernels.attention import MAXIMUM_HEAD_DIM
 from fastlocal.kernels.window_attention import MAXIMUM_HEAD_DIM as MAXIMUM_WINDOW_HEAD_DIM
-from fastlocal.kernels.window_attention import MAXIMUM_WINDOW_TOKENS
 
 Layer = Any  # timm's have no types for their attributes
 Swap = tuple[nn.Module, type[nn.Module], str]  # a module, the class it gets, and the method that class overrides
@@ -108,9 +107,6 @@ def _why_not(layer: Layer, attention: Layer) -> str | None:
     maximum = MAXIMUM_HEAD_DIM if window is None else MAXIMUM_WINDOW_HEAD_DIM
     if channels > maximum:
         return f"has {channels} channels per head, and the fused op takes at most {maximum}"
-    if window is not None and window[0] * window[1] > MAXIMUM_WINDOW_TOKENS:
-        tokens = window[0] * window[1]
-        return f"has windows of {tokens} tokens, and the fused op takes at most {MAXIMUM_WINDOW_TOKENS}"
     return None
 
 

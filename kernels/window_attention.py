@@ -18,7 +18,6 @@ from fastlocal.kernels import dispatch
 from fastlocal.kernels.registration import autocast_dtype, register, without_autocast
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-MAXIMUM_WINDOW_TOKENS = 256  # a whole row of scores has to fit in a program's registers
 MAXIMUM_HEAD_DIM = 128
 MAXIMUM_HEAD_DIM_FLOAT32 = 32  # of the Triton kernels: wider ones would need more shared memory than cards have
 MASKED = -100.0  # added, as timm does, between tokens that only the cyclic shift brought together
@@ -48,7 +47,7 @@ def window_attention(
             ``(row_q − row_k + h − 1)(2w − 1) + column_q − column_k + w − 1`` is added to the scaled score of q and k.
             Its gradient is summed in float32, in a fixed order, and rounded once. A query whose biases are all −inf
             gets zeros.
-        window_size: side of the windows, or (h, w), at most 256 tokens. H and W must be multiples of it: where timm
+        window_size: side of the windows, or (h, w). H and W must be multiples of it: where timm
             pads, pad the grid *before* the qkv projection, as `accelerate` does, so that pad tokens carry its bias.
         shift: of the grid before partition, or (rows, columns), 0 ≤ shift < window_size. Scores between tokens that the
             shift brought together over an edge get −100, as in timm.
@@ -94,8 +93,8 @@ def _check(qkv: Tensor, bias_table: Tensor, num_heads: int, window: tuple[int, i
             f"num_heads must divide qkv's last dimension 3C = {channels} into q, k and v of at most {MAXIMUM_HEAD_DIM} "
             f"channels per head, got {num_heads}."
         )
-    if min(window) < 1 or window[0] * window[1] > MAXIMUM_WINDOW_TOKENS:
-        raise ValueError(f"window_size must have 1 to {MAXIMUM_WINDOW_TOKENS} tokens, got {window[0]} × {window[1]}.")
+    if min(window) < 1:
+        raise ValueError(f"window_size must be at least 1 × 1, got {window[0]} × {window[1]}.")
     if height % window[0] or width % window[1]:
         raise ValueError(
             f"qkv's grid must be a multiple of window_size = {window[0]} × {window[1]}, got {height} × {width}; pad "

@@ -1,11 +1,12 @@
 """The Triton kernels of `fastlocal.kernels.window_attention`; imported when one is first asked for.
 
-One program owns one head (and, where a window has more than 64 tokens, one tile of its queries) and walks over a slice
-of the windows. For each window it loads q, k and v straight from the un-partitioned grid; the relative position bias is
-read from the table by computed index; scores live in registers, so nothing but the output is written.
+One program owns one head (and, where a window has more than 64 tokens, one tile of it) and walks over a slice of the
+windows. For each window it loads q, k and v straight from the un-partitioned grid; the relative position bias is read
+from the table by computed index; scores live in registers, so nothing but the output is written.
 
-The backward recomputes the probabilities the same way. It also adds up dS over its slice of windows in registers and
-writes that partial sum once: the bias gradient is the ordered sum of the partials, without atomics.
+The backward recomputes the probabilities. dS is summed over a slice of the windows in registers and written once: the
+bias gradient is the ordered sum of those partial sums, without atomics. A window of one tile takes one kernel and five
+products; larger ones take three kernels, since d_q sums over keys, d_k and d_v over queries, and d_bias over windows.
 
 Probabilities are at most 1 by construction, however large the scores: ``exp2((score − largest) · log2 e)`` with the
 difference rounded first and never positive, times ``1 / total ≤ 1``; both are kept, never their logarithm.
@@ -25,7 +26,8 @@ from torch import Tensor
 from fastlocal.kernels import dispatch
 from fastlocal.kernels.cases import CompileCase, warps_on
 
-TABLE_ENTRIES = 16  # per program of `_sum_by_relative_position`
+LARGEST_TILE = 64  # tokens: a window of no more is one tile
+SUM_BLOCKS = {"BLOCK_ENTRIES": 16, "BLOCK_N": 64}  # of `_sum_by_relative_position`
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # the softmax is computed with exp2, which the hardware has
 MASKED = tl.constexpr(-100.0)  # added between tokens that only the shift brought together, as timm does
@@ -64,9 +66,10 @@ def _locate(down, across, token, height, width, WINDOW: tl.constexpr, SHIFT: tl.
 @triton.jit
 def _mask(scores, down, across, query, key, height, width, WINDOW: tl.constexpr, SHIFT: tl.constexpr):
     """``scores`` with `MASKED` added between tokens on different sides of the seams that the cyclic shift left."""
-    seams = (down == height // WINDOW[0] - 1).to(tl.int32) + 2 * (across == width // WINDOW[1] - 1).to(tl.int32)
-    if seams != 0:  # 1: the horizontal one runs through this window, 2: the vertical one, 3: both
-        scores += tl.where(_side(seams, query, WINDOW, SHIFT) == _side(seams, key, WINDOW, SHIFT), 0.0, MASKED)
+    if SHIFT[0] + SHIFT[1] > 0:
+        seams = (down == height // WINDOW[0] - 1).to(tl.int32) + 2 * (across == width // WINDOW[1] - 1).to(tl.int32)
+        if seams != 0:  # 1: the horizontal one runs through this window, 2: the vertical one, 3: both
+            scores += tl.where(_side(seams, query, WINDOW, SHIFT) == _side(seams, key, WINDOW, SHIFT), 0.0, MASKED)
     return scores
 
 
@@ -107,6 +110,20 @@ def _store(rows, value, location, inside, STRIDE: tl.constexpr, HEAD_DIM: tl.con
     channel = tl.arange(0, BLOCK_D)
     mask = inside[:, None] & (channel < HEAD_DIM)[None, :]
     tl.store(rows + location[:, None] * STRIDE + channel[None, :], value.to(rows.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _probability(scores, largest, inverse):
+    """At most 1: computed again, maybe transposed, a score may exceed its row's largest by rounding. NaN stays NaN."""
+    return tl.exp2(tl.minimum(scores - largest, 0.0, propagate_nan=tl.PropagateNan.ALL) * LOG2_E) * inverse
+
+
+@triton.jit
+def _store_partial(d_bias, value, query, key, WINDOW: tl.constexpr, HEADS: tl.constexpr, PITCH: tl.constexpr):
+    """A tile of this slice's and head's sum. Rows are whole tiles wide: whole vectors to store."""
+    TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
+    partial = d_bias + (tl.program_id(1) * HEADS + tl.program_id(0)).to(tl.int64) * (TOKENS * PITCH)
+    tl.store(partial + query[:, None] * PITCH + key[None, :], value, mask=(query < TOKENS)[:, None])
 
 
 # --- Kernels ----------------------------------------------------------------------------------------------------------
@@ -160,8 +177,7 @@ def _forward(
             if BLOCK_N < TOKENS:
                 bias = _relative_position_bias(table, entry_stride, query[:, None], key[None, :], WINDOW)
             scores = _dot(q, tl.trans(k), UPCAST) * scale + bias
-            if SHIFT[0] + SHIFT[1] > 0:
-                scores = _mask(scores, down, across, query[:, None], key[None, :], height, width, WINDOW, SHIFT)
+            scores = _mask(scores, down, across, query[:, None], key[None, :], height, width, WINDOW, SHIFT)
             larger = tl.maximum(largest, tl.max(scores, 1))
             p = tl.exp2((scores - larger[:, None]) * LOG2_E)
             rescale = tl.exp2((largest - larger) * LOG2_E)
@@ -181,9 +197,6 @@ def _backward(
     bias_table,
     d_qkv,
     d_bias,
-    row_largest,
-    row_inverse,
-    row_delta,
     windows,
     height,
     width,
@@ -200,12 +213,11 @@ def _backward(
     BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """d_q and this program's share of d_bias. Where one tile holds all queries also d_k and d_v; elsewhere each row's
-    largest score, 1 / total and delta, from which `_backward_keys` makes those."""
+    """Every gradient of windows that one tile holds; d_bias summed over this program's windows."""
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM
     head = tl.program_id(0)
-    query = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    query = tl.arange(0, BLOCK_M)
     key = tl.arange(0, BLOCK_N)
     table = bias_table + head * head_stride
     bias = _relative_position_bias(table, entry_stride, query[:, None], key[None, :], WINDOW)
@@ -224,40 +236,113 @@ def _backward(
         d_mixed = _load(d_rows, q_at, query < TOKENS, CHANNELS, HEAD_DIM, BLOCK_D)
 
         scores = _dot(q, tl.trans(k), UPCAST) * scale + bias
-        if SHIFT[0] + SHIFT[1] > 0:
-            scores = _mask(scores, down, across, query[:, None], key[None, :], height, width, WINDOW, SHIFT)
+        scores = _mask(scores, down, across, query[:, None], key[None, :], height, width, WINDOW, SHIFT)
         largest = tl.maximum(tl.max(scores, 1), LOWEST)
         p = tl.exp2((scores - largest[:, None]) * LOG2_E)
         total = tl.sum(p, 1)
-        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)  # 0 where all scores are -inf
-        p *= inverse[:, None]
+        p *= (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]  # 0 where all scores are -inf
 
         # Each product is stored before the next begins, and v is loaded late: registers are what this kernel lacks.
-        if BLOCK_M >= TOKENS:
-            d_v = _dot(tl.trans(p.to(q.dtype)), d_mixed, UPCAST)
-            _store(target + 2 * CHANNELS, d_v, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        d_v = _dot(tl.trans(p.to(q.dtype)), d_mixed, UPCAST)
+        _store(target + 2 * CHANNELS, d_v, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
         v = _load(source + 2 * CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
         d_p = _dot(d_mixed, tl.trans(v), UPCAST)
-        delta = tl.sum(p * d_p, 1)
-        d_scores = p * (d_p - delta[:, None])
+        d_scores = p * (d_p - tl.sum(p * d_p, 1)[:, None])
         if BIAS_GRADIENT:
             d_bias_sum += d_scores
         d_scores = d_scores.to(q.dtype)
         d_q = _dot(d_scores, k, UPCAST) * scale
         _store(target, d_q, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
-        if BLOCK_M >= TOKENS:
-            d_k = _dot(tl.trans(d_scores), q, UPCAST) * scale
-            _store(target + CHANNELS, d_k, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
-        else:
-            row = (tl.cast(window, tl.int64) * HEADS + head) * TOKENS + query
-            tl.store(row_largest + row, largest, mask=query < TOKENS)
-            tl.store(row_inverse + row, inverse, mask=query < TOKENS)
-            tl.store(row_delta + row, delta, mask=query < TOKENS)
+        d_k = _dot(tl.trans(d_scores), q, UPCAST) * scale
+        _store(target + CHANNELS, d_k, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
 
     if BIAS_GRADIENT:
-        # Rows are BLOCK_N wide in memory: whole vectors to store, and addresses that cost no registers until here.
-        partial = d_bias + (tl.program_id(1) * HEADS + head).to(tl.int64) * (TOKENS * BLOCK_N)
-        tl.store(partial + query[:, None] * BLOCK_N + key[None, :], d_bias_sum, mask=(query < TOKENS)[:, None])
+        _store_partial(d_bias, d_bias_sum, query, key, WINDOW, HEADS, BLOCK_N)
+
+
+# Windows of several tiles: three kernels, of which each owns what it writes, as in `attention_triton`.
+
+
+@triton.jit(do_not_specialize=["windows", "height", "width"])
+def _backward_queries(
+    d_out,
+    qkv,
+    bias_table,
+    d_qkv,
+    row_largest,
+    row_inverse,
+    row_delta,
+    windows,
+    height,
+    width,
+    entry_stride,
+    head_stride,
+    scale,
+    WINDOW: tl.constexpr,
+    SHIFT: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """d_q of one tile of BLOCK_M queries, and for the next two kernels each row's largest score, 1 / total and delta.
+
+    Twice over the keys: an online softmax that also averages d_p (delta), then d_q.
+    """
+    TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
+    CHANNELS: tl.constexpr = HEADS * HEAD_DIM
+    head = tl.program_id(0)
+    table = bias_table + head * head_stride
+    query = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+
+    for window in range(tl.program_id(1), windows, tl.num_programs(1)):
+        image, down, across = _position(window, height, width, WINDOW)
+        q_at = _locate(down, across, query, height, width, WINDOW, SHIFT)
+        source = qkv + image * (height * width * 3 * CHANNELS) + head * HEAD_DIM
+        target = d_qkv + image * (height * width * 3 * CHANNELS) + head * HEAD_DIM
+        d_rows = d_out + image * (height * width * CHANNELS) + head * HEAD_DIM
+        q = _load(source, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        d_mixed = _load(d_rows, q_at, query < TOKENS, CHANNELS, HEAD_DIM, BLOCK_D)
+
+        largest = tl.full((BLOCK_M,), LOWEST, tl.float32)
+        total = tl.zeros((BLOCK_M,), tl.float32)
+        delta = tl.zeros((BLOCK_M,), tl.float32)
+        for start in range(0, TOKENS, BLOCK_N):
+            key = start + tl.arange(0, BLOCK_N)
+            k_at = _locate(down, across, key, height, width, WINDOW, SHIFT)
+            k = _load(source + CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+            v = _load(source + 2 * CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+            scores = _dot(q, tl.trans(k), UPCAST) * scale
+            scores += _relative_position_bias(table, entry_stride, query[:, None], key[None, :], WINDOW)
+            scores = _mask(scores, down, across, query[:, None], key[None, :], height, width, WINDOW, SHIFT)
+            larger = tl.maximum(largest, tl.max(scores, 1))
+            p = tl.exp2((scores - larger[:, None]) * LOG2_E)
+            rescale = tl.exp2((largest - larger) * LOG2_E)
+            total = total * rescale + tl.sum(p, 1)
+            delta = delta * rescale + tl.sum(p * _dot(d_mixed, tl.trans(v), UPCAST), 1)
+            largest = larger
+        inverse = 1.0 / tl.where(total == 0.0, 1.0, total)  # 0 where all scores are -inf
+        delta *= inverse
+        row = (tl.cast(window, tl.int64) * HEADS + head) * TOKENS + query
+        tl.store(row_largest + row, largest, mask=query < TOKENS)
+        tl.store(row_inverse + row, inverse, mask=query < TOKENS)
+        tl.store(row_delta + row, delta, mask=query < TOKENS)
+
+        d_q = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+        for start in range(0, TOKENS, BLOCK_N):
+            key = start + tl.arange(0, BLOCK_N)
+            k_at = _locate(down, across, key, height, width, WINDOW, SHIFT)
+            k = _load(source + CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+            v = _load(source + 2 * CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+            scores = _dot(q, tl.trans(k), UPCAST) * scale
+            scores += _relative_position_bias(table, entry_stride, query[:, None], key[None, :], WINDOW)
+            scores = _mask(scores, down, across, query[:, None], key[None, :], height, width, WINDOW, SHIFT)
+            p = _probability(scores, largest[:, None], inverse[:, None])
+            d_scores = p * (_dot(d_mixed, tl.trans(v), UPCAST) - delta[:, None])
+            d_q += _dot(d_scores.to(k.dtype), k, UPCAST)
+        _store(target, d_q * scale, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["windows", "height", "width"])
@@ -284,7 +369,7 @@ def _backward_keys(
     BLOCK_D: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """d_k and d_v of one tile of BLOCK_N keys, where the queries of a window need several tiles of BLOCK_M."""
+    """d_k and d_v of one tile of BLOCK_N keys. Scores are transposed here, [keys, queries]."""
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM
     head = tl.program_id(0)
@@ -311,21 +396,74 @@ def _backward_keys(
             largest = tl.load(row_largest + row, mask=query < TOKENS, other=0.0)
             inverse = tl.load(row_inverse + row, mask=query < TOKENS, other=0.0)
             delta = tl.load(row_delta + row, mask=query < TOKENS, other=0.0)
-
-            scores = _dot(k, tl.trans(q), UPCAST) * scale  # transposed: [keys, queries]
+            scores = _dot(k, tl.trans(q), UPCAST) * scale
             scores += _relative_position_bias(table, entry_stride, query[None, :], key[:, None], WINDOW)
-            if SHIFT[0] + SHIFT[1] > 0:
-                scores = _mask(scores, down, across, query[None, :], key[:, None], height, width, WINDOW, SHIFT)
-            # The transposed product may round otherwise, so a score may exceed its row's largest; NaN stays NaN.
-            below = tl.minimum(scores - largest[None, :], 0.0, propagate_nan=tl.PropagateNan.ALL)
-            p = tl.exp2(below * LOG2_E) * inverse[None, :]
+            scores = _mask(scores, down, across, query[None, :], key[:, None], height, width, WINDOW, SHIFT)
+            p = _probability(scores, largest[None, :], inverse[None, :])
             d_v += _dot(p.to(q.dtype), d_mixed, UPCAST)
-            d_p = _dot(v, tl.trans(d_mixed), UPCAST)
-            d_scores = p * (d_p - delta[None, :])
+            d_scores = p * (_dot(v, tl.trans(d_mixed), UPCAST) - delta[None, :])
             d_k += _dot(d_scores.to(q.dtype), q, UPCAST)
 
         _store(target + CHANNELS, d_k * scale, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
         _store(target + 2 * CHANNELS, d_v, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=["windows", "height", "width"])
+def _backward_bias(
+    d_out,
+    qkv,
+    bias_table,
+    d_bias,
+    row_largest,
+    row_inverse,
+    row_delta,
+    windows,
+    height,
+    width,
+    entry_stride,
+    head_stride,
+    scale,
+    WINDOW: tl.constexpr,
+    SHIFT: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """One tile of d_bias, summed over this program's windows: the tile's scores are computed once more, which takes less
+    than adding every window's gradient to a sum in memory."""
+    TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
+    CHANNELS: tl.constexpr = HEADS * HEAD_DIM
+    TILES: tl.constexpr = (TOKENS + BLOCK_N - 1) // BLOCK_N
+    head = tl.program_id(0)
+    table = bias_table + head * head_stride
+    query = tl.program_id(2) // TILES * BLOCK_M + tl.arange(0, BLOCK_M)
+    key = tl.program_id(2) % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
+    bias = _relative_position_bias(table, entry_stride, query[:, None], key[None, :], WINDOW)
+    d_bias_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+
+    for window in range(tl.program_id(1), windows, tl.num_programs(1)):
+        image, down, across = _position(window, height, width, WINDOW)
+        q_at = _locate(down, across, query, height, width, WINDOW, SHIFT)
+        k_at = _locate(down, across, key, height, width, WINDOW, SHIFT)
+        source = qkv + image * (height * width * 3 * CHANNELS) + head * HEAD_DIM
+        d_rows = d_out + image * (height * width * CHANNELS) + head * HEAD_DIM
+        q = _load(source, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        k = _load(source + CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        row = (tl.cast(window, tl.int64) * HEADS + head) * TOKENS + query
+        largest = tl.load(row_largest + row, mask=query < TOKENS, other=0.0)
+        inverse = tl.load(row_inverse + row, mask=query < TOKENS, other=0.0)
+        delta = tl.load(row_delta + row, mask=query < TOKENS, other=0.0)
+        scores = _dot(q, tl.trans(k), UPCAST) * scale + bias
+        scores = _mask(scores, down, across, query[:, None], key[None, :], height, width, WINDOW, SHIFT)
+        p = _probability(scores, largest[:, None], inverse[:, None])
+        d_mixed = _load(d_rows, q_at, query < TOKENS, CHANNELS, HEAD_DIM, BLOCK_D)
+        v = _load(source + 2 * CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        d_bias_sum += p * (_dot(d_mixed, tl.trans(v), UPCAST) - delta[:, None])
+
+    _store_partial(d_bias, d_bias_sum, query, key, WINDOW, HEADS, TILES * BLOCK_N)
 
 
 @triton.jit
@@ -334,6 +472,7 @@ def _sum_by_relative_position(
     d_bias_table,
     WINDOW: tl.constexpr,
     HEADS: tl.constexpr,
+    PITCH: tl.constexpr,
     BLOCK_ENTRIES: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
@@ -342,12 +481,14 @@ def _sum_by_relative_position(
     ENTRIES: tl.constexpr = (2 * WINDOW[0] - 1) * (2 * WINDOW[1] - 1)
     head = tl.program_id(0)
     entry = tl.program_id(1) * BLOCK_ENTRIES + tl.arange(0, BLOCK_ENTRIES)
-    key = tl.arange(0, BLOCK_N)[None, :]
-    row = key // WINDOW[1] + (entry // (2 * WINDOW[1] - 1) - (WINDOW[0] - 1))[:, None]
-    column = key % WINDOW[1] + (entry % (2 * WINDOW[1] - 1) - (WINDOW[1] - 1))[:, None]
-    pair = (row >= 0) & (row < WINDOW[0]) & (column >= 0) & (column < WINDOW[1]) & (key < TOKENS)
-    source = d_bias + head * TOKENS * BLOCK_N + (row * WINDOW[1] + column) * BLOCK_N + key
-    total = tl.sum(tl.load(source, mask=pair, other=0.0), 1)
+    total = tl.zeros((BLOCK_ENTRIES,), tl.float32)
+    for start in range(0, TOKENS, BLOCK_N):
+        key = (start + tl.arange(0, BLOCK_N))[None, :]
+        row = key // WINDOW[1] + (entry // (2 * WINDOW[1] - 1) - (WINDOW[0] - 1))[:, None]
+        column = key % WINDOW[1] + (entry % (2 * WINDOW[1] - 1) - (WINDOW[1] - 1))[:, None]
+        pair = (row >= 0) & (row < WINDOW[0]) & (column >= 0) & (column < WINDOW[1]) & (key < TOKENS)
+        source = d_bias + head.to(tl.int64) * (TOKENS * PITCH) + (row * WINDOW[1] + column) * PITCH + key
+        total += tl.sum(tl.load(source, mask=pair, other=0.0), 1)
     tl.store(d_bias_table + entry * HEADS + head, total.to(d_bias_table.dtype.element_ty), mask=entry < ENTRIES)
 
 
@@ -367,26 +508,26 @@ class _Blocks:
 
 def _blocks(kernel: Any, tokens: int, head_dim: int, dtype: torch.dtype) -> _Blocks:
     """Chosen so that 16-bit tensors spill no register on any supported card; the compile report checks it."""
+    row = max(16, triton.next_power_of_2(tokens))
+    if dtype == torch.float32:  # no tensor cores, twice the bytes
+        side = min(row, 64)
+        return _Blocks(side, side, num_warps=1 if side == 16 else 8, num_stages=1, resident=1)
+    if row == 16:
+        return _Blocks(16, 16, num_warps=1, num_stages=2 if kernel is _forward else 1, resident=12)
+    if row <= LARGEST_TILE:
+        wide = head_dim > (64 if kernel is _forward else 32)
+        stages = 2 if kernel is _forward else 1
+        return _Blocks(
+            row, row, num_warps=row // 8 if wide else row // 16, num_stages=stages, resident=1 if wide else 2
+        )
+    if kernel is _forward:
+        return _Blocks(64, 64 if head_dim <= 64 else 32, num_warps=4, num_stages=1, resident=2)
     if kernel is _backward_keys:
         queries, keys = (32, 64) if head_dim <= 32 else (64, 32) if head_dim <= 64 else (32, 32)
         return _Blocks(queries, keys, num_warps=4, num_stages=1, resident=2)
-    row = max(16, triton.next_power_of_2(tokens))
-    if row == 16:
-        return _Blocks(16, row, num_warps=1, num_stages=2 if kernel is _forward else 1, resident=12)
-    if dtype == torch.float32:  # no tensor cores, twice the bytes
-        return _Blocks(row if row <= 64 else 16, row, num_warps=8, num_stages=1, resident=1)
-    if row <= 64:
-        if kernel is _forward:
-            wide = head_dim > 64
-            return _Blocks(row, row, num_warps=row // 8 if wide else row // 16, num_stages=2, resident=1 if wide else 3)
-        if head_dim <= 32:
-            return _Blocks(row, row, num_warps=row // 16, num_stages=1, resident=2)
-        return _Blocks(32, row, num_warps=4, num_stages=2, resident=2)
-    if kernel is _forward:
-        return _Blocks(64, 64 if head_dim <= 64 else 32, num_warps=4, num_stages=1, resident=2)
-    if head_dim <= 32:
-        return _Blocks(16, row, num_warps=4, num_stages=1, resident=2)
-    return _Blocks(16, row, num_warps=8, num_stages=1, resident=1)
+    if kernel is _backward_queries:
+        return _Blocks(64, 64 if head_dim <= 32 else 32, num_warps=4, num_stages=1, resident=2)
+    return _Blocks(64, 64 if head_dim <= 32 else 32, num_warps=4, num_stages=1, resident=2)
 
 
 def _constants(
@@ -404,10 +545,10 @@ def _constants(
     }
 
 
-def _slices(device: torch.device, windows: int, heads: int, tiles: int, resident: int) -> int:
-    """Programs per head and tile: enough to fill the card, each with as many windows as the next one."""
+def _slices(device: torch.device, windows: int, programs: int, resident: int) -> int:
+    """How many times ``programs`` fill the card, each with as many windows as the next one."""
     processors = 4 if device.type == "cpu" else _processors(device)
-    slices = min(windows, triton.cdiv(processors * resident, heads * tiles))
+    slices = min(windows, triton.cdiv(processors * resident, programs))
     return triton.cdiv(windows, triton.cdiv(windows, slices))
 
 
@@ -416,9 +557,13 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _table(bias_table: Tensor, tiled: bool) -> Tensor:
+def _options(device: torch.device, blocks: _Blocks) -> dict[str, int]:
+    return {"num_warps": warps_on(device, blocks.num_warps), "num_stages": blocks.num_stages}
+
+
+def _table(bias_table: Tensor, tokens: int) -> Tensor:
     """[heads, entries]; each head's entries together where they are read for every window and tile."""
-    return bias_table.t().contiguous() if tiled else bias_table.t()
+    return bias_table.t().contiguous() if tokens > LARGEST_TILE else bias_table.t()
 
 
 def forward(
@@ -427,14 +572,13 @@ def forward(
     batch, height, width, channels = qkv.shape
     tokens, head_dim = window[0] * window[1], channels // (3 * num_heads)
     windows = batch * height * width // tokens
+    table = _table(bias_table, tokens)
+    out = torch.empty((batch, height, width, channels // 3), dtype=qkv.dtype, device=qkv.device)
     blocks = _blocks(_forward, tokens, head_dim, qkv.dtype)
     tiles = triton.cdiv(tokens, blocks.queries)
-    table = _table(bias_table, tiled=blocks.keys < tokens)
-    out = torch.empty((batch, height, width, channels // 3), dtype=qkv.dtype, device=qkv.device)
-    _forward[(num_heads, _slices(qkv.device, windows, num_heads, tiles, blocks.resident), tiles)](
+    _forward[(num_heads, _slices(qkv.device, windows, num_heads * tiles, blocks.resident), tiles)](
         qkv.contiguous(), table, out, windows, height, width, table.stride(1), table.stride(0), scale,
-        **_constants(num_heads, head_dim, window, shift, blocks),
-        num_warps=warps_on(qkv.device, blocks.num_warps), num_stages=blocks.num_stages,
+        **_constants(num_heads, head_dim, window, shift, blocks), **_options(qkv.device, blocks),
     )  # fmt: skip
     return out
 
@@ -447,36 +591,41 @@ def backward(
     batch, height, width, channels = qkv.shape
     tokens, head_dim = window[0] * window[1], channels // (3 * num_heads)
     windows = batch * height * width // tokens
-    blocks = _blocks(_backward, tokens, head_dim, qkv.dtype)
-    tiles = triton.cdiv(tokens, blocks.queries)
-    slices = _slices(qkv.device, windows, num_heads, tiles, blocks.resident)
-
-    d_out, qkv, table = d_out.contiguous(), qkv.contiguous(), _table(bias_table, tiled=tiles > 1)
-    geometry = windows, height, width, table.stride(1), table.stride(0), scale
+    d_out, qkv, table = d_out.contiguous(), qkv.contiguous(), _table(bias_table, tokens)
     d_qkv = torch.empty_like(qkv)
     d_table = torch.empty(bias_table.shape if needs_table else 0, dtype=bias_table.dtype, device=bias_table.device)
-    # Outside their cases d_bias and rows stand for nothing, but a launch needs pointers.
-    d_bias = qkv.new_empty((slices if needs_table else 0, num_heads, tokens, blocks.keys), dtype=torch.float32)
-    rows = qkv.new_empty((3, windows if tiles > 1 else 0, num_heads, tokens), dtype=torch.float32)
 
-    _backward[(num_heads, slices, tiles)](
-        d_out, qkv, table, d_qkv, d_bias, *rows, *geometry, BIAS_GRADIENT=needs_table,
-        **_constants(num_heads, head_dim, window, shift, blocks),
-        num_warps=warps_on(qkv.device, blocks.num_warps), num_stages=blocks.num_stages,
-    )  # fmt: skip
-    if tiles > 1:
-        blocks_of_keys = _blocks(_backward_keys, tokens, head_dim, qkv.dtype)
-        tiles = triton.cdiv(tokens, blocks_of_keys.keys)
-        _backward_keys[(num_heads, _slices(qkv.device, windows, num_heads, tiles, blocks_of_keys.resident), tiles)](
-            d_out, qkv, table, d_qkv, *rows, *geometry,
-            **_constants(num_heads, head_dim, window, shift, blocks_of_keys),
-            num_warps=warps_on(qkv.device, blocks_of_keys.num_warps), num_stages=blocks_of_keys.num_stages,
+    def launch(kernel: Any, blocks: _Blocks, grid: tuple[int, int, int], **results: Tensor | bool) -> None:
+        kernel[grid](
+            d_out, qkv, table, windows=windows, height=height, width=width,
+            entry_stride=table.stride(1), head_stride=table.stride(0), scale=scale, **results,
+            **_constants(num_heads, head_dim, window, shift, blocks), **_options(qkv.device, blocks),
         )  # fmt: skip
+
+    def cut(kernel: Any) -> tuple[_Blocks, tuple[int, int, int]]:
+        blocks = _blocks(kernel, tokens, head_dim, qkv.dtype)
+        rows, columns = triton.cdiv(tokens, blocks.queries), triton.cdiv(tokens, blocks.keys)
+        tiles = {_backward: 1, _backward_queries: rows, _backward_keys: columns, _backward_bias: rows * columns}[kernel]
+        return blocks, (num_heads, _slices(qkv.device, windows, num_heads * tiles, blocks.resident), tiles)
+
+    in_tiles = tokens > LARGEST_TILE
+    blocks, grid = cut(_backward_bias if in_tiles else _backward)
+    pitch = triton.cdiv(tokens, blocks.keys) * blocks.keys
+    # A sum of d_bias for each slice of the windows. Not needed, it stands for nothing, but a launch needs pointers.
+    d_bias = qkv.new_empty((grid[1] if needs_table else 0, num_heads, tokens, pitch), dtype=torch.float32)
+    if in_tiles:
+        rows = qkv.new_empty((3, windows, num_heads, tokens), dtype=torch.float32)
+        statistics = dict(zip(("row_largest", "row_inverse", "row_delta"), rows, strict=True))
+        launch(_backward_queries, *cut(_backward_queries), d_qkv=d_qkv, **statistics)
+        launch(_backward_keys, *cut(_backward_keys), d_qkv=d_qkv, **statistics)
+        if needs_table:
+            launch(_backward_bias, blocks, grid, d_bias=d_bias, **statistics)
+    else:
+        launch(_backward, blocks, grid, d_qkv=d_qkv, d_bias=d_bias, BIAS_GRADIENT=needs_table)
     if needs_table:
-        _sum_by_relative_position[(num_heads, triton.cdiv(len(bias_table), TABLE_ENTRIES))](
-            d_bias.sum(0), d_table,
-            WINDOW=window, HEADS=num_heads, BLOCK_ENTRIES=TABLE_ENTRIES, BLOCK_N=blocks.keys, num_warps=4, num_stages=1,
-        )  # fmt: skip
+        _sum_by_relative_position[(num_heads, triton.cdiv(len(bias_table), SUM_BLOCKS["BLOCK_ENTRIES"]))](
+            d_bias.sum(0), d_table, WINDOW=window, HEADS=num_heads, PITCH=pitch, **SUM_BLOCKS, num_warps=4, num_stages=1
+        )
     return d_qkv, d_table
 
 
@@ -490,26 +639,25 @@ _SWIN_TINY = [
     (7, 3, 12, 32),
     (7, 0, 24, 32),
 ]
-_OTHERS = [(window, window // 2, 4, 32) for window in (4, 6, 8, 12, 16)]
-_OTHERS += [(7, 3, 4, head_dim) for head_dim in (16, 64, 128)]
-_OTHERS += [(12, 6, 4, head_dim) for head_dim in (64, 128)]
+_OTHERS = [(window, window // 2, 4, 32) for window in (4, 6, 8, 12, 16, 24)]
+_OTHERS += [(window, window // 2, 4, head_dim) for window in (7, 12) for head_dim in (16, 64, 128)]
 
 
 def compile_cases() -> list[CompileCase]:
-    """Swin-T's stages in every dtype; other windows and head dimensions in the 16-bit ones."""
+    """Swin-T's stages in every dtype; other windows and head dimensions in bfloat16, whose code float16's is."""
     pointers = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
     cases = []
     for dtype, pointer in pointers.items():
-        for window, shift, heads, head_dim in _SWIN_TINY + (_OTHERS if dtype.itemsize == 2 else []):
+        for window, shift, heads, head_dim in _SWIN_TINY + (_OTHERS if dtype == torch.bfloat16 else []):
             tokens = window * window
-            tiled = _blocks(_backward, tokens, head_dim, dtype).queries < tokens
-            for kernel in (_forward, _backward, _backward_keys) if tiled else (_forward, _backward):
+            in_tiles = tokens > LARGEST_TILE
+            kernels = (_backward_queries, _backward_keys, _backward_bias) if in_tiles else (_backward,)
+            for kernel in (_forward, *kernels):
                 blocks = _blocks(kernel, tokens, head_dim, dtype)
-                constants = _constants(heads, head_dim, (window, window), (shift, shift), blocks)
-                constants |= {"UPCAST": False}
+                constants = _constants(heads, head_dim, (window, window), (shift, shift), blocks) | {"UPCAST": False}
                 if kernel is _backward:
                     constants |= {"BIAS_GRADIENT": True}
-                if (kernel is not _forward and tiled) or blocks.keys < tokens:
+                if in_tiles:
                     constants |= {"entry_stride": 1}
                 signature = {name: "*fp32" for name in kernel.arg_names if name not in constants}
                 signature |= {name: pointer for name in ("qkv", "out", "d_out", "d_qkv") if name in signature}
@@ -528,15 +676,14 @@ def compile_cases() -> list[CompileCase]:
                         has_dot=True,
                     )
                 )
-    for window, heads in ((7, 3), (7, 24), (16, 4)):
-        keys = _blocks(_backward, window * window, 32, torch.bfloat16).keys
+    for window, heads in ((7, 3), (7, 24), (24, 4)):
         cases.append(
             CompileCase(
                 name=f"window_attention sum_by_relative_position, window {window}, {heads} heads",
                 kernel=_sum_by_relative_position,
                 signature={"d_bias": "*fp32", "d_bias_table": "*fp32"},
                 constexprs={
-                    "WINDOW": (window, window), "HEADS": heads, "BLOCK_ENTRIES": TABLE_ENTRIES, "BLOCK_N": keys
+                    "WINDOW": (window, window), "HEADS": heads, "PITCH": -(-(window**2) // 64) * 64, **SUM_BLOCKS
                 },
                 num_warps=4,
                 num_stages=1,
