@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlocal.kernels import dispatch
-from fastlocal.kernels.cases import CompileCase
+from fastlocal.kernels.cases import CompileCase, warps_on
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -393,7 +393,7 @@ FORWARD, HEAD, QUERY, KEY, BIAS = "forward", "d_q, d_k and d_v", "d_q", "d_k and
 
 
 # (kernel, widest head dimension, bias) for two-byte dtypes. Every row fits 99 KiB of shared memory (compute
-# capabilities 8.6, 8.9, 12.0) and 255 registers on every architecture from 8.0: no spills.
+# capabilities 8.6, 8.9, 12.0), 255 registers on every architecture from 8.0 and AMD's gfx942's 512: no spills.
 BLOCKS = {
     (FORWARD, 64, False): Blocks(128, 64, 8, 2),
     (FORWARD, 64, True): Blocks(64, 64, 8, 2),
@@ -409,10 +409,10 @@ BLOCKS = {
     (QUERY, 256, True): Blocks(32, 32, 8, 1),
     (KEY, 64, False): Blocks(32, 64, 4, 2),
     (KEY, 64, True): Blocks(32, 64, 8, 2),
-    (KEY, 128, False): Blocks(64, 64, 8, 2),
+    (KEY, 128, False): Blocks(32, 64, 8, 2),
     (KEY, 128, True): Blocks(32, 64, 8, 2),
     (KEY, 256, False): Blocks(32, 32, 8, 1),
-    (KEY, 256, True): Blocks(32, 32, 8, 1),
+    (KEY, 256, True): Blocks(16, 32, 8, 1),
     (BIAS, 64, True): Blocks(64, 64, 8, 1),
     (BIAS, 128, True): Blocks(64, 32, 8, 1),
     (BIAS, 256, True): Blocks(32, 16, 4, 1),
@@ -494,7 +494,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, 
     _forward_kernel[(triton.cdiv(queries, blocks.queries) * batch * heads,)](
         q, k, v, bias, out, *statistics, scale, heads, queries, k.shape[2], *strides, *bias_strides,
         HAS_BIAS=has_bias, SHARED_BY=heads // k.shape[1], UNIT=unit, **_constants(blocks, head_dim, q.dtype),
-        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        num_warps=warps_on(q.device, blocks.num_warps), num_stages=blocks.num_stages,
     )  # fmt: skip
     return statistics
 
@@ -536,7 +536,8 @@ def _backward_of_every_head(
         _head_gradient_kernel[(len(partial) if needs_bias else batch * heads,)](
             d_out, q, k, v, bias, out, *statistics, d_q, d_k, d_v, partial, scale, batch * heads, *sizes,
             HAS_BIAS=has_bias, BIAS_GRADIENT=needs_bias, SHARED_BY=shared_by, UNIT=unit,
-            **_constants(blocks, head_dim, q.dtype), num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+            **_constants(blocks, head_dim, q.dtype),
+            num_warps=warps_on(q.device, blocks.num_warps), num_stages=blocks.num_stages,
         )  # fmt: skip
         if needs_bias:
             _add_partial_sums(partial, d_bias, heads)
@@ -547,13 +548,13 @@ def _backward_of_every_head(
     _query_gradient_kernel[(triton.cdiv(queries, blocks.queries) * batch * heads,)](
         d_out, q, k, v, bias, out, *statistics, delta, d_q, scale, *sizes,
         HAS_BIAS=has_bias, SHARED_BY=shared_by, UNIT=unit, **_constants(blocks, head_dim, q.dtype),
-        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        num_warps=warps_on(q.device, blocks.num_warps), num_stages=blocks.num_stages,
     )  # fmt: skip
     blocks = _blocks(KEY, head_dim, q.dtype, has_bias)
     _key_gradient_kernel[(triton.cdiv(keys, blocks.keys) * batch * heads,)](
         d_out, q, k, v, bias, *statistics, delta, d_k, d_v, scale, *sizes,
         HAS_BIAS=has_bias, SHARED_BY=shared_by, UNIT=unit, **_constants(blocks, head_dim, q.dtype),
-        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        num_warps=warps_on(q.device, blocks.num_warps), num_stages=blocks.num_stages,
     )  # fmt: skip
     if not needs_bias:
         return
@@ -563,7 +564,7 @@ def _backward_of_every_head(
     _bias_gradient_kernel[(len(partial) * tiles,)](
         d_out, q, k, v, bias, *statistics, delta, partial, scale, batch * heads, len(partial), *sizes,
         SHARED_BY=shared_by, UNIT=unit, **_constants(blocks, head_dim, q.dtype),
-        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
+        num_warps=warps_on(q.device, blocks.num_warps), num_stages=blocks.num_stages,
     )  # fmt: skip
     _add_partial_sums(partial, d_bias, heads)
 
@@ -588,7 +589,8 @@ POINTERS = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp
 
 
 def compile_cases() -> list[CompileCase]:
-    """Every kernel at the head dimensions of Swin, ViT and ViT-H and at the widest, with and without bias."""
+    """Every kernel at the head dimensions of Swin, ViT and ViT-H (whose blocks are those of 128, with masks besides) and
+    at the widest, with and without bias."""
     kernels = {
         FORWARD: _forward_kernel,
         QUERY: _query_gradient_kernel,
@@ -596,7 +598,7 @@ def compile_cases() -> list[CompileCase]:
         BIAS: _bias_gradient_kernel,
     }
     cases = []
-    for dtype, head_dim in itertools.product(POINTERS, (32, 64, 80, 128, 256)):
+    for dtype, head_dim in itertools.product(POINTERS, (32, 64, 80, 256)):
         for (name, kernel), has_bias in itertools.product(kernels.items(), (False, True)):
             if (name, has_bias) != (BIAS, False):
                 blocks = _blocks(name, head_dim, dtype, has_bias)

@@ -7,6 +7,7 @@ Each class differs from its parent in one method and in nothing else, so an inst
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,44 +28,16 @@ LOGIT_SCALE_MAXIMUM = math.log(1 / 0.01)  # of Swin-V2, as in timm
 # --- Windows ----------------------------------------------------------------------------------------------------------
 
 
-class SwinBlock(swin_transformer.SwinTransformerBlock):
-    """Gives its attention the whole grid, where timm's cuts it into windows."""
-
-    def _attn(self: Layer, x: Tensor) -> Tensor:
-        return self.attn(x, window=tuple(self.window_size), shift=tuple(self.shift_size))
+def _attend_to_grid(block: Layer, x: Tensor) -> Tensor:
+    """A block's ``_attn``: gives its attention the whole grid, where timm's cuts it into windows."""
+    return block.attn(x, window=tuple(block.window_size), shift=tuple(block.shift_size))
 
 
-class SwinAttention(swin_transformer.WindowAttention):
+def _forward_of_grid(parent: type[nn.Module], attend: Callable[..., Tensor]) -> Any:
+    """Its attention's ``forward``; called with windows, as timm calls it, it is the parent's."""
+
     def forward(
-        self: Layer,
-        x: Tensor,
-        mask: Tensor | None = None,
-        *,
-        window: tuple[int, int] | None = None,
-        shift: tuple[int, int] = (0, 0),
-    ) -> Tensor:
-        if window is None:  # windows, as timm calls it
-            return super().forward(x, mask)
-        refuse_dropout(self.attn_drop.p, self)
-        mixed = window_attention(
-            self.qkv(_pad(x, window, shift)),
-            self.relative_position_bias_table,
-            num_heads=self.num_heads,
-            window_size=window,
-            shift=shift,
-            scale=self.scale,
-        )
-        return self.proj_drop(self.proj(_crop(mixed, x.shape[1:3], shift)))
-
-
-class SwinV2Block(swin_transformer_v2.SwinTransformerV2Block):
-    def _attn(self: Layer, x: Tensor) -> Tensor:
-        return self.attn(x, window=tuple(self.window_size), shift=tuple(self.shift_size))
-
-
-class SwinV2Attention(swin_transformer_v2.WindowAttention):
-    def forward(
-        self: Layer,
+        layer: Layer,
         x: Tensor,
         mask: Tensor | None = None,
         *,
@@ -72,50 +45,60 @@ class SwinV2Attention(swin_transformer_v2.WindowAttention):
         shift: tuple[int, int] = (0, 0),
     ) -> Tensor:
         if window is None:
-            return super().forward(x, mask)
-        refuse_dropout(self.attn_drop.p, self)
-        table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
-        mixed = _cosine_window_attention(self, _qkv(self, _pad(x, window, shift)), table, window, shift)
-        return self.proj_drop(self.proj(_crop(mixed, x.shape[1:3], shift)))
+            return parent.forward(layer, x, mask)
+        refuse_dropout(layer.attn_drop.p, layer)
+        mixed = attend(layer, _pad(x, window, shift), window, shift)
+        return layer.proj_drop(layer.proj(_crop(mixed, x.shape[1:3], shift)))
+
+    return forward
+
+
+def _attend_to_windows(layer: Layer, x: Tensor, window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
+    return window_attention(
+        layer.qkv(x), layer.relative_position_bias_table, num_heads=layer.num_heads, window_size=window, shift=shift
+    )
+
+
+def _attend_to_windows_by_cosine(layer: Layer, x: Tensor, window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
+    """Swin-V2's: the scale of each head is learnt, the bias is a small network's."""
+    table = layer.cpb_mlp(layer.relative_coords_table).view(-1, layer.num_heads)
+    return window_attention(
+        _qkv(layer, x), 16 * table.sigmoid(), num_heads=layer.num_heads, window_size=window, shift=shift,
+        logit_scale=layer.logit_scale.clamp(max=LOGIT_SCALE_MAXIMUM).exp().flatten(),
+    )  # fmt: skip
+
+
+class SwinBlock(swin_transformer.SwinTransformerBlock):
+    _attn = _attend_to_grid
+
+
+class SwinAttention(swin_transformer.WindowAttention):
+    forward = _forward_of_grid(swin_transformer.WindowAttention, _attend_to_windows)
+
+
+class SwinV2Block(swin_transformer_v2.SwinTransformerV2Block):
+    _attn = _attend_to_grid
+
+
+class SwinV2Attention(swin_transformer_v2.WindowAttention):
+    forward = _forward_of_grid(swin_transformer_v2.WindowAttention, _attend_to_windows_by_cosine)
+
+
+def _torchvision_forward(attend: Callable[..., Tensor]) -> Any:
+    def forward(layer: Layer, x: Tensor) -> Tensor:
+        refuse_dropout(layer.attention_dropout, layer)
+        mixed = attend(layer, *_pad_first(x, layer.window_size, layer.shift_size))
+        return F.dropout(layer.proj(mixed[:, : x.shape[1], : x.shape[2]]), layer.dropout, layer.training)
+
+    return forward
 
 
 class TorchvisionSwinAttention(torchvision_swin.ShiftedWindowAttention):
-    def forward(self: Layer, x: Tensor) -> Tensor:
-        refuse_dropout(self.attention_dropout, self)
-        padded, window, shift = _pad_first(x, self.window_size, self.shift_size)
-        mixed = window_attention(
-            self.qkv(padded),
-            self.relative_position_bias_table,
-            num_heads=self.num_heads,
-            window_size=window,
-            shift=shift,
-        )
-        return F.dropout(self.proj(mixed[:, : x.shape[1], : x.shape[2]]), self.dropout, self.training)
+    forward = _torchvision_forward(_attend_to_windows)
 
 
 class TorchvisionSwinV2Attention(torchvision_swin.ShiftedWindowAttentionV2):
-    def forward(self: Layer, x: Tensor) -> Tensor:
-        refuse_dropout(self.attention_dropout, self)
-        padded, window, shift = _pad_first(x, self.window_size, self.shift_size)
-        bias = self.qkv.bias
-        if bias is not None:
-            no_k = bias.new_ones(3).index_fill(0, torch.tensor(1, device=bias.device), 0)
-            bias = (bias.unflatten(0, (3, -1)) * no_k[:, None]).flatten()
-        table = self.cpb_mlp(self.relative_coords_table).view(-1, self.num_heads)
-        mixed = _cosine_window_attention(self, F.linear(padded, self.qkv.weight, bias), table, window, shift)
-        return F.dropout(self.proj(mixed[:, : x.shape[1], : x.shape[2]]), self.dropout, self.training)
-
-
-def _cosine_window_attention(
-    layer: Layer, qkv: Tensor, table: Tensor, window: tuple[int, int], shift: tuple[int, int]
-) -> Tensor:
-    """Swin-V2's: the same op on normalized q and k, the scale in q."""
-    q, k, v = qkv.unflatten(3, (3, layer.num_heads, -1)).unbind(3)
-    scale = layer.logit_scale.clamp(max=LOGIT_SCALE_MAXIMUM).exp().view(-1, 1)
-    qkv = torch.stack([F.normalize(q, dim=-1) * scale, F.normalize(k, dim=-1), v.to(scale.dtype)], 3).flatten(3)
-    return window_attention(
-        qkv, 16 * table.sigmoid(), num_heads=layer.num_heads, window_size=window, shift=shift, scale=1.0
-    )
+    forward = _torchvision_forward(_attend_to_windows_by_cosine)
 
 
 def _pad(x: Tensor, window: tuple[int, int], shift: tuple[int, int]) -> Tensor:
@@ -207,7 +190,10 @@ def _given(args: tuple, kwargs: dict) -> bool:
 
 
 def _qkv(layer: Layer, x: Tensor) -> Tensor:
-    """The qkv projection, its bias in parts where timm keeps q's and v's only."""
+    """The qkv projection, its bias in parts where timm keeps q's and v's only, and none for k in torchvision's Swin-V2."""
+    if isinstance(layer, torchvision_swin.ShiftedWindowAttentionV2) and layer.qkv.bias is not None:
+        q, k, v = layer.qkv.bias.chunk(3)
+        return F.linear(x, layer.qkv.weight, torch.cat([q, torch.zeros_like(k), v]))
     if getattr(layer, "q_bias", None) is None:
         return layer.qkv(x)
     return F.linear(x, layer.qkv.weight, torch.cat([layer.q_bias, layer.k_bias, layer.v_bias]))

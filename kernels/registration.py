@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 Function = Callable[..., Any]
 _library = torch.library.Library("fastlocal", "FRAGMENT")
@@ -69,10 +70,7 @@ def register(
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> NoReturn:
-            raise NotImplementedError(
-                f"{name} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian): use reverse mode, as "
-                "torch.func.grad, vjp and jacrev do."
-            )
+            _refuse_forward_mode(name)
 
     class Transformable(Differentiable):  # for torch.func; binding its arguments costs 30 us a call
         generate_vmap_rule = True
@@ -81,6 +79,8 @@ def register(
 
     def call(*args: Any) -> Any:
         if torch.compiler.is_compiling():
+            if _in_forward_mode():  # the op takes no notice of tangents, which is a derivative of zero
+                _refuse_forward_mode(name)
             return op(*args)
         if torch._C._are_functorch_transforms_active():
             return Transformable.apply(*args)
@@ -91,7 +91,9 @@ def register(
 
 def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Make the device of ``tensor`` the current one of its kind, be it CUDA, ROCm or XPU; nothing to do on a CPU."""
-    return torch.accelerator.device_index(None if tensor.device.type in ("cpu", "meta") else tensor.device.index)
+    return (
+        nullcontext() if tensor.device.type in ("cpu", "meta") else torch.accelerator.device_index(tensor.device.index)
+    )
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
@@ -119,6 +121,18 @@ def _one_by_one(op: Function, info: Any, in_dims: tuple[Any, ...], *args: Any) -
 
 def _keep_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     pass
+
+
+@torch.compiler.assume_constant_result
+def _in_forward_mode() -> bool:
+    return forward_ad._current_level >= 0
+
+
+def _refuse_forward_mode(name: str) -> NoReturn:
+    raise NotImplementedError(
+        f"{name} has no forward-mode derivative (torch.func.jvp, jacfwd, hessian): use reverse mode, as torch.func.grad, "
+        "vjp and jacrev do."
+    )
 
 
 def _refuse_gradient(name: str, *args: Any) -> NoReturn:

@@ -11,6 +11,7 @@ import math
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
@@ -20,6 +21,7 @@ from fastlocal.kernels.registration import autocast_dtype, register, without_aut
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAXIMUM_HEAD_DIM = 128
 MAXIMUM_HEAD_DIM_FLOAT32 = 32  # of the Triton kernels: wider ones would need more shared memory than cards have
+NORMALIZATION_EPS = 1e-12  # of a length, as F.normalize has it
 MASKED = -100.0  # added, as timm does, between tokens that only the cyclic shift brought together
 
 
@@ -31,11 +33,12 @@ def window_attention(
     window_size: int | tuple[int, int],
     shift: int | tuple[int, int],
     scale: float | None = None,
+    logit_scale: Tensor | None = None,
 ) -> Tensor:
     """``softmax(scale · q kᵀ + bias + mask) v`` within each window of the grid rolled by ``-shift``, rolled back.
 
-    Equal to timm's ``SwinTransformerBlock._attn`` between its qkv and its output projection. Swin-V2's cosine attention
-    is the same op on a qkv whose q and k are normalized, with the logit scale in q and ``scale=1``.
+    Equal to timm's ``SwinTransformerBlock._attn`` between its qkv and its output projection, and with ``logit_scale`` to
+    ``SwinTransformerV2Block._attn``, whose scores are cosines.
 
     Args:
         qkv: [B, H, W, 3C], the qkv projection of the un-partitioned, un-shifted grid: q, k, v one after the other, each
@@ -52,6 +55,9 @@ def window_attention(
         shift: of the grid before partition, or (rows, columns), 0 ≤ shift < window_size. Scores between tokens that the
             shift brought together over an edge get −100, as in timm.
         scale: default ``(C / num_heads) ** -0.5``.
+        logit_scale: [num_heads], any of these dtypes: each head's scale, and q and k are divided by their lengths (at
+            least 1e-12, as `torch.nn.functional.normalize` does). Its gradient is summed as the table's is. Takes the
+            place of ``scale``.
 
     Returns:
         [B, H, W, C], contiguous, in the dtype of qkv. Differentiable once, in reverse mode, under torch.func too.
@@ -64,7 +70,9 @@ def window_attention(
     """
     window_h, window_w = _pair("window_size", window_size)
     shift_h, shift_w = _pair("shift", shift)
-    _check(qkv, bias_table, num_heads, (window_h, window_w), (shift_h, shift_w))
+    _check(qkv, bias_table, logit_scale, num_heads, (window_h, window_w), (shift_h, shift_w))
+    if scale is not None and logit_scale is not None:
+        raise ValueError(f"scale must not be given beside logit_scale, which takes its place, got {scale}.")
     if scale is None:
         scale = (qkv.shape[-1] // (3 * num_heads)) ** -0.5
     elif isinstance(scale, Tensor):
@@ -72,7 +80,9 @@ def window_attention(
     # The autocast rule. Not torch.library's: that would also cast the table, and round its gradient's sum with it.
     if (autocast := autocast_dtype(qkv.device)) is not None and qkv.dtype != torch.float64:
         qkv = qkv.to(autocast)
-    return _forward(qkv, bias_table, num_heads, window_h, window_w, shift_h, shift_w, scale, dispatch.choice())
+    return _forward(
+        qkv, bias_table, logit_scale, num_heads, window_h, window_w, shift_h, shift_w, scale, dispatch.choice()
+    )
 
 
 def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
@@ -82,7 +92,14 @@ def _pair(name: str, value: int | tuple[int, int]) -> tuple[int, int]:
     return pair[0], pair[1]
 
 
-def _check(qkv: Tensor, bias_table: Tensor, num_heads: int, window: tuple[int, int], shift: tuple[int, int]) -> None:
+def _check(
+    qkv: Tensor,
+    bias_table: Tensor,
+    logit_scale: Tensor | None,
+    num_heads: int,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+) -> None:
     if qkv.ndim != 4 or qkv.numel() == 0:
         raise ValueError(f"qkv must be [B, H, W, 3C] with no empty dimension, got {list(qkv.shape)}.")
     if qkv.dtype not in DTYPES:
@@ -109,10 +126,13 @@ def _check(qkv: Tensor, bias_table: Tensor, num_heads: int, window: tuple[int, i
         raise ValueError(
             f"bias_table must be [(2h − 1)(2w − 1), num_heads] = {expected}, got {list(bias_table.shape)}."
         )
-    if bias_table.dtype not in DTYPES:
-        raise ValueError(f"bias_table must be float16, bfloat16, float32 or float64, got {bias_table.dtype}.")
-    if bias_table.device != qkv.device:
-        raise ValueError(f"bias_table must be on qkv's device, {qkv.device}, got {bias_table.device}.")
+    if logit_scale is not None and list(logit_scale.shape) != [num_heads]:
+        raise ValueError(f"logit_scale must be [num_heads] = [{num_heads}], got {list(logit_scale.shape)}.")
+    for name, tensor in (("bias_table", bias_table), ("logit_scale", logit_scale)):
+        if tensor is not None and tensor.dtype not in DTYPES:
+            raise ValueError(f"{name} must be float16, bfloat16, float32 or float64, got {tensor.dtype}.")
+        if tensor is not None and tensor.device != qkv.device:
+            raise ValueError(f"{name} must be on qkv's device, {qkv.device}, got {tensor.device}.")
 
 
 # --- Registration -----------------------------------------------------------------------------------------------------
@@ -124,6 +144,7 @@ _GEOMETRY = "int num_heads, int window_h, int window_w, int shift_h, int shift_w
 def _run(
     qkv: Tensor,
     bias_table: Tensor,
+    logit_scale: Tensor | None,
     num_heads: int,
     window_h: int,
     window_w: int,
@@ -136,12 +157,12 @@ def _run(
     if _implementation(qkv, num_heads, kernels) == "triton":
         from fastlocal.kernels import window_attention_triton
 
-        return window_attention_triton.forward(qkv, bias_table, num_heads, window, shift, scale)
+        return window_attention_triton.forward(qkv, bias_table, logit_scale, num_heads, window, shift, scale)
     with without_autocast(qkv.device):
-        return _reference(qkv, bias_table, num_heads, window, shift, scale)
+        return _reference(qkv, bias_table, logit_scale, num_heads, window, shift, scale)
 
 
-def _fake(qkv: Tensor, bias_table: Tensor, *geometry: object) -> Tensor:
+def _fake(qkv: Tensor, *_: object) -> Tensor:
     return qkv.new_empty((*qkv.shape[:3], qkv.shape[3] // 3))
 
 
@@ -149,6 +170,7 @@ def _run_backward(
     d_out: Tensor,
     qkv: Tensor,
     bias_table: Tensor,
+    logit_scale: Tensor | None,
     num_heads: int,
     window_h: int,
     window_w: int,
@@ -157,40 +179,51 @@ def _run_backward(
     scale: float,
     kernels: dispatch.Choice,
     needs_table: bool,
-) -> tuple[Tensor, Tensor]:
-    """Gradients of qkv and bias_table; the second is empty unless needed."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of qkv, bias_table and logit_scale; the second is empty unless needed, the third without logit_scale."""
     window, shift = (window_h, window_w), (shift_h, shift_w)
     if _implementation(qkv, num_heads, kernels) == "triton":
         from fastlocal.kernels import window_attention_triton
 
-        return window_attention_triton.backward(d_out, qkv, bias_table, num_heads, window, shift, scale, needs_table)
-    with without_autocast(qkv.device):
-        return _reference_backward(d_out, qkv, bias_table, num_heads, window, shift, scale, needs_table)
+        d_qkv, d_table, d_scale = window_attention_triton.backward(
+            d_out, qkv, bias_table, logit_scale, num_heads, window, shift, scale, needs_table
+        )
+    else:
+        with without_autocast(qkv.device):
+            d_qkv, d_table, d_scale = _reference_backward(
+                d_out, qkv, bias_table, logit_scale, num_heads, window, shift, scale, needs_table
+            )
+    return d_qkv, d_table, d_scale if logit_scale is None else d_scale.to(logit_scale.dtype)
 
 
-def _fake_backward(d_out: Tensor, qkv: Tensor, bias_table: Tensor, *geometry: object) -> tuple[Tensor, Tensor]:
-    return qkv.new_empty(qkv.shape), bias_table.new_empty(bias_table.shape if geometry[-1] else 0)
+def _fake_backward(
+    d_out: Tensor, qkv: Tensor, bias_table: Tensor, logit_scale: Tensor | None, *geometry: object
+) -> tuple[Tensor, Tensor, Tensor]:
+    d_table = bias_table.new_empty(bias_table.shape if geometry[-1] else 0)
+    d_scale = qkv.new_empty(0, dtype=torch.float32) if logit_scale is None else logit_scale.new_empty(logit_scale.shape)
+    return qkv.new_empty(qkv.shape), d_table, d_scale
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    qkv, bias_table, *ctx.geometry = inputs
-    ctx.save_for_backward(qkv, bias_table)
+    qkv, bias_table, logit_scale, *ctx.geometry = inputs
+    ctx.save_for_backward(qkv, bias_table, logit_scale)
 
 
 def _autograd(ctx: Any, d_out: Tensor) -> tuple[Tensor | None, ...]:
-    needs_qkv, needs_table = ctx.needs_input_grad[:2]
-    d_qkv, d_table = _backward(d_out, *ctx.saved_tensors, *ctx.geometry, needs_table)
-    return d_qkv if needs_qkv else None, d_table if needs_table else None, *([None] * len(ctx.geometry))
+    needed = ctx.needs_input_grad[:3]
+    gradients = _backward(d_out, *ctx.saved_tensors, *ctx.geometry, needed[1])
+    return *(d if need else None for d, need in zip(gradients, needed, strict=True)), *([None] * len(ctx.geometry))
 
+
+_TENSORS = "Tensor qkv, Tensor bias_table, Tensor? logit_scale"
 
 _backward = register(
-    f"window_attention_backward(Tensor d_out, Tensor qkv, Tensor bias_table, {_GEOMETRY}, bool needs_table)"
-    " -> (Tensor, Tensor)",
+    f"window_attention_backward(Tensor d_out, {_TENSORS}, {_GEOMETRY}, bool needs_table) -> (Tensor, Tensor, Tensor)",
     _run_backward,
     _fake_backward,
 )
 _forward = register(
-    f"window_attention(Tensor qkv, Tensor bias_table, {_GEOMETRY}) -> Tensor",
+    f"window_attention({_TENSORS}, {_GEOMETRY}) -> Tensor",
     _run,
     _fake,
     setup_context=_setup_context,
@@ -201,7 +234,14 @@ _forward = register(
 # Counted as torch counts scaled_dot_product_attention: two products forward, five backward.
 @register_flop_formula(torch.ops.fastlocal.window_attention)
 def _forward_flops(
-    qkv: torch.Size, bias_table: torch.Size, num_heads: int, window_h: int, window_w: int, *args: object, **_: object
+    qkv: torch.Size,
+    bias_table: torch.Size,
+    logit_scale: torch.Size | None,
+    num_heads: int,
+    window_h: int,
+    window_w: int,
+    *args: object,
+    **_: object,
 ) -> int:
     return 4 * math.prod(qkv) // 3 * window_h * window_w
 
@@ -225,10 +265,19 @@ def _implementation(qkv: Tensor, num_heads: int, kernels: dispatch.Choice) -> st
 
 
 def _reference(
-    qkv: Tensor, bias_table: Tensor, num_heads: int, window: tuple[int, int], shift: tuple[int, int], scale: float
+    qkv: Tensor,
+    bias_table: Tensor,
+    logit_scale: Tensor | None,
+    num_heads: int,
+    window: tuple[int, int],
+    shift: tuple[int, int],
+    scale: float,
 ) -> Tensor:
     q, k, v = _partition(qkv, window, shift, 3 * num_heads).chunk(3, dim=2)
-    p = _probabilities(q, k, bias_table, qkv.shape[1:3], window, shift, scale)
+    scales: float | Tensor = scale
+    if logit_scale is not None:
+        scales, q, k = logit_scale.view(-1, 1, 1), F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    p = _probabilities(q, k, bias_table, qkv.shape[1:3], window, shift, scales)
     return _reverse(p.to(v.dtype) @ v, window, shift, qkv.shape[1:3])
 
 
@@ -236,24 +285,41 @@ def _reference_backward(
     d_out: Tensor,
     qkv: Tensor,
     bias_table: Tensor,
+    logit_scale: Tensor | None,
     num_heads: int,
     window: tuple[int, int],
     shift: tuple[int, int],
     scale: float,
     needs_table: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     grid = qkv.shape[1:3]
-    q, k, v = _partition(qkv, window, shift, 3 * num_heads).chunk(3, dim=2)
+    whole_q, whole_k, v = _partition(qkv, window, shift, 3 * num_heads).chunk(3, dim=2)
     d_mixed = _partition(d_out, window, shift, num_heads)
-    p = _probabilities(q, k, bias_table, grid, window, shift, scale)
+    q, k, scales = whole_q, whole_k, scale
+    if logit_scale is not None:
+        scales, q, k = logit_scale.view(-1, 1, 1), F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    p = _probabilities(q, k, bias_table, grid, window, shift, scales)
     d_v = p.to(v.dtype).mT @ d_mixed
     d_p = _multiply(d_mixed, v.mT)
     d_scores = p * (d_p - (p * d_p).sum(-1, keepdim=True))
     d_bias_table = bias_table.new_empty(0)
     if needs_table:
         d_bias_table = _sum_by_relative_position(d_scores.sum((0, 1)), window).to(bias_table.dtype)
-    d_scores = (d_scores * scale).to(q.dtype)
-    return _reverse(torch.cat([d_scores @ k, d_scores.mT @ q, d_v], 2), window, shift, grid), d_bias_table
+    if logit_scale is None:
+        d_scores = (d_scores * scale).to(q.dtype)
+        d_q, d_k, d_scale = d_scores @ k, d_scores.mT @ q, d_scores.new_empty(0)
+    else:
+        d_q = _multiply(d_scores, k)
+        d_scale = (d_q * q).sum((0, 1, 3, 4))  # a score is its scale times q · k
+        d_q = _gradient_of_rows(d_q * scales, q, whole_q)
+        d_k = _gradient_of_rows(_multiply(d_scores.mT, q) * scales, k, whole_k)
+    return _reverse(torch.cat([d_q, d_k, d_v], 2), window, shift, grid), d_bias_table, d_scale
+
+
+def _gradient_of_rows(d_unit: Tensor, unit: Tensor, rows: Tensor) -> Tensor:
+    """The gradient of ``rows`` from that of their unit vectors."""
+    across = d_unit - unit * (d_unit * unit).sum(-1, keepdim=True)
+    return (across / rows.to(across.dtype).norm(dim=-1, keepdim=True).clamp_min(NORMALIZATION_EPS)).to(rows.dtype)
 
 
 def _probabilities(
@@ -263,7 +329,7 @@ def _probabilities(
     grid: torch.Size,
     window: tuple[int, int],
     shift: tuple[int, int],
-    scale: float,
+    scale: float | Tensor,
 ) -> Tensor:
     """[B, windows, heads, tokens, tokens], in float32 at least; zeros for a query whose biases are all −inf."""
     scores = _multiply(q, k.mT) * scale

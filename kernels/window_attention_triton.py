@@ -1,6 +1,6 @@
 """The Triton kernels of `fastlocal.kernels.window_attention`; imported when one is first asked for.
 
-One program owns one head (and, where a window has more than 64 tokens, one tile of it) and walks over a slice of the
+One program owns one head (and, of a window too large for its registers, one tile of it) and walks over a slice of the
 windows. For each window it loads q, k and v straight from the un-partitioned grid; the relative position bias is read
 from the table by computed index; scores live in registers, so nothing but the output is written.
 
@@ -26,11 +26,11 @@ from torch import Tensor
 from fastlocal.kernels import dispatch
 from fastlocal.kernels.cases import CompileCase, warps_on
 
-LARGEST_TILE = 64  # tokens: a window of no more is one tile
 SUM_BLOCKS = {"BLOCK_ENTRIES": 16, "BLOCK_N": 64}  # of `_sum_by_relative_position`
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # the softmax is computed with exp2, which the hardware has
 MASKED = tl.constexpr(-100.0)  # added between tokens that only the shift brought together, as timm does
+EPS = tl.constexpr(1e-12)  # of a length, as torch.nn.functional.normalize has it
 LOWEST = tl.constexpr(-3.4028234663852886e38)  # of float32: what -inf is compared with, so that no difference is NaN
 
 # --- Pieces. WINDOW and SHIFT are (height, width) pairs known at compile time: dividing is cheap. ---------------
@@ -106,6 +106,36 @@ def _load(rows, location, inside, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, 
 
 
 @triton.jit
+def _load_unit(
+    rows, location, inside, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, COSINE: tl.constexpr
+):
+    """What `_load` loads, for cosine attention with every row divided by its length."""
+    value = _load(rows, location, inside, STRIDE, HEAD_DIM, BLOCK_D)
+    if COSINE:
+        value = (value.to(tl.float32) * _inverse_length(value)[:, None]).to(value.dtype)
+    return value
+
+
+@triton.jit
+def _inverse_length(value):
+    value = value.to(tl.float32)
+    return 1.0 / tl.maximum(tl.sqrt(tl.sum(value * value, 1)), EPS)
+
+
+@triton.jit
+def _store_gradient(
+    rows, source, value, unit, location, inside,
+    STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, COSINE: tl.constexpr,
+):  # fmt: skip
+    """The gradient of the rows at ``source``, of which ``value`` is the gradient; of their ``unit`` vectors, if cosine."""
+    if COSINE:
+        unit = unit.to(tl.float32)
+        inverse = _inverse_length(_load(source, location, inside, STRIDE, HEAD_DIM, BLOCK_D))
+        value = (value - unit * tl.sum(value * unit, 1)[:, None]) * inverse[:, None]
+    _store(rows, value, location, inside, STRIDE, HEAD_DIM, BLOCK_D)
+
+
+@triton.jit
 def _store(rows, value, location, inside, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr):
     channel = tl.arange(0, BLOCK_D)
     mask = inside[:, None] & (channel < HEAD_DIM)[None, :]
@@ -133,6 +163,7 @@ def _store_partial(d_bias, value, query, key, WINDOW: tl.constexpr, HEADS: tl.co
 def _forward(
     qkv,
     bias_table,
+    logit_scale,
     out,
     windows,
     height,
@@ -144,6 +175,7 @@ def _forward(
     SHIFT: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    COSINE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -157,6 +189,8 @@ def _forward(
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM
     head = tl.program_id(0)
     table = bias_table + head * head_stride
+    if COSINE:
+        scale = tl.load(logit_scale + head)
     query = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
     bias = _relative_position_bias(table, entry_stride, query[:, None], tl.arange(0, BLOCK_N)[None, :], WINDOW)
 
@@ -164,7 +198,7 @@ def _forward(
         image, down, across = _position(window, height, width, WINDOW)
         q_at = _locate(down, across, query, height, width, WINDOW, SHIFT)
         source = qkv + image * (height * width * 3 * CHANNELS) + head * HEAD_DIM
-        q = _load(source, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        q = _load_unit(source, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D, COSINE)
         largest = tl.full((BLOCK_M,), LOWEST, tl.float32)
         total = tl.zeros((BLOCK_M,), tl.float32)
         mixed = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -172,7 +206,7 @@ def _forward(
         for start in range(0, TOKENS, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
             k_at = _locate(down, across, key, height, width, WINDOW, SHIFT)
-            k = _load(source + CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+            k = _load_unit(source + CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D, COSINE)
             v = _load(source + 2 * CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
             if BLOCK_N < TOKENS:
                 bias = _relative_position_bias(table, entry_stride, query[:, None], key[None, :], WINDOW)
@@ -195,8 +229,10 @@ def _backward(
     d_out,
     qkv,
     bias_table,
+    logit_scale,
     d_qkv,
     d_bias,
+    d_logit_scale,
     windows,
     height,
     width,
@@ -207,6 +243,7 @@ def _backward(
     SHIFT: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    COSINE: tl.constexpr,
     BIAS_GRADIENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -220,9 +257,13 @@ def _backward(
     query = tl.arange(0, BLOCK_M)
     key = tl.arange(0, BLOCK_N)
     table = bias_table + head * head_stride
+    if COSINE:
+        scale = tl.load(logit_scale + head)
     bias = _relative_position_bias(table, entry_stride, query[:, None], key[None, :], WINDOW)
     if BIAS_GRADIENT:
         d_bias_sum = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if COSINE:
+        d_scale_sum = 0.0
 
     for window in range(tl.program_id(1), windows, tl.num_programs(1)):
         image, down, across = _position(window, height, width, WINDOW)
@@ -231,8 +272,8 @@ def _backward(
         source = qkv + image * (height * width * 3 * CHANNELS) + head * HEAD_DIM
         target = d_qkv + image * (height * width * 3 * CHANNELS) + head * HEAD_DIM
         d_rows = d_out + image * (height * width * CHANNELS) + head * HEAD_DIM
-        q = _load(source, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
-        k = _load(source + CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        q = _load_unit(source, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D, COSINE)
+        k = _load_unit(source + CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D, COSINE)
         d_mixed = _load(d_rows, q_at, query < TOKENS, CHANNELS, HEAD_DIM, BLOCK_D)
 
         scores = _dot(q, tl.trans(k), UPCAST) * scale + bias
@@ -251,11 +292,17 @@ def _backward(
         if BIAS_GRADIENT:
             d_bias_sum += d_scores
         d_scores = d_scores.to(q.dtype)
-        d_q = _dot(d_scores, k, UPCAST) * scale
-        _store(target, d_q, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        d_q = _dot(d_scores, k, UPCAST)
+        if COSINE:
+            d_scale_sum += tl.sum(d_q * q.to(tl.float32))  # a score is its scale times q · k
+        _store_gradient(target, source, d_q * scale, q, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D, COSINE)
         d_k = _dot(tl.trans(d_scores), q, UPCAST) * scale
-        _store(target + CHANNELS, d_k, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        _store_gradient(
+            target + CHANNELS, source + CHANNELS, d_k, k, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D, COSINE
+        )
 
+    if COSINE:
+        tl.store(d_logit_scale + tl.program_id(1) * HEADS + head, d_scale_sum)
     if BIAS_GRADIENT:
         _store_partial(d_bias, d_bias_sum, query, key, WINDOW, HEADS, BLOCK_N)
 
@@ -268,7 +315,9 @@ def _backward_queries(
     d_out,
     qkv,
     bias_table,
+    logit_scale,
     d_qkv,
+    d_logit_scale,
     row_largest,
     row_inverse,
     row_delta,
@@ -282,6 +331,7 @@ def _backward_queries(
     SHIFT: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    COSINE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -295,7 +345,11 @@ def _backward_queries(
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM
     head = tl.program_id(0)
     table = bias_table + head * head_stride
+    if COSINE:
+        scale = tl.load(logit_scale + head)
     query = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    if COSINE:
+        d_scale_sum = 0.0
 
     for window in range(tl.program_id(1), windows, tl.num_programs(1)):
         image, down, across = _position(window, height, width, WINDOW)
@@ -303,7 +357,7 @@ def _backward_queries(
         source = qkv + image * (height * width * 3 * CHANNELS) + head * HEAD_DIM
         target = d_qkv + image * (height * width * 3 * CHANNELS) + head * HEAD_DIM
         d_rows = d_out + image * (height * width * CHANNELS) + head * HEAD_DIM
-        q = _load(source, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        q = _load_unit(source, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D, COSINE)
         d_mixed = _load(d_rows, q_at, query < TOKENS, CHANNELS, HEAD_DIM, BLOCK_D)
 
         largest = tl.full((BLOCK_M,), LOWEST, tl.float32)
@@ -312,7 +366,7 @@ def _backward_queries(
         for start in range(0, TOKENS, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
             k_at = _locate(down, across, key, height, width, WINDOW, SHIFT)
-            k = _load(source + CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+            k = _load_unit(source + CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D, COSINE)
             v = _load(source + 2 * CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
             scores = _dot(q, tl.trans(k), UPCAST) * scale
             scores += _relative_position_bias(table, entry_stride, query[:, None], key[None, :], WINDOW)
@@ -334,7 +388,7 @@ def _backward_queries(
         for start in range(0, TOKENS, BLOCK_N):
             key = start + tl.arange(0, BLOCK_N)
             k_at = _locate(down, across, key, height, width, WINDOW, SHIFT)
-            k = _load(source + CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+            k = _load_unit(source + CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D, COSINE)
             v = _load(source + 2 * CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
             scores = _dot(q, tl.trans(k), UPCAST) * scale
             scores += _relative_position_bias(table, entry_stride, query[:, None], key[None, :], WINDOW)
@@ -342,7 +396,13 @@ def _backward_queries(
             p = _probability(scores, largest[:, None], inverse[:, None])
             d_scores = p * (_dot(d_mixed, tl.trans(v), UPCAST) - delta[:, None])
             d_q += _dot(d_scores.to(k.dtype), k, UPCAST)
-        _store(target, d_q * scale, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        if COSINE:
+            d_scale_sum += tl.sum(d_q * q.to(tl.float32))
+        _store_gradient(target, source, d_q * scale, q, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D, COSINE)
+
+    if COSINE:
+        place = (tl.program_id(1) * tl.num_programs(2) + tl.program_id(2)) * HEADS + head
+        tl.store(d_logit_scale + place, d_scale_sum)
 
 
 @triton.jit(do_not_specialize=["windows", "height", "width"])
@@ -350,6 +410,7 @@ def _backward_keys(
     d_out,
     qkv,
     bias_table,
+    logit_scale,
     d_qkv,
     row_largest,
     row_inverse,
@@ -364,6 +425,7 @@ def _backward_keys(
     SHIFT: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    COSINE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -374,6 +436,8 @@ def _backward_keys(
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM
     head = tl.program_id(0)
     table = bias_table + head * head_stride
+    if COSINE:
+        scale = tl.load(logit_scale + head)
     key = tl.program_id(2) * BLOCK_N + tl.arange(0, BLOCK_N)
 
     for window in range(tl.program_id(1), windows, tl.num_programs(1)):
@@ -382,7 +446,7 @@ def _backward_keys(
         source = qkv + image * (height * width * 3 * CHANNELS) + head * HEAD_DIM
         target = d_qkv + image * (height * width * 3 * CHANNELS) + head * HEAD_DIM
         d_rows = d_out + image * (height * width * CHANNELS) + head * HEAD_DIM
-        k = _load(source + CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        k = _load_unit(source + CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D, COSINE)
         v = _load(source + 2 * CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
         d_k = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
         d_v = tl.zeros((BLOCK_N, BLOCK_D), tl.float32)
@@ -390,7 +454,7 @@ def _backward_keys(
         for start in range(0, TOKENS, BLOCK_M):
             query = start + tl.arange(0, BLOCK_M)
             q_at = _locate(down, across, query, height, width, WINDOW, SHIFT)
-            q = _load(source, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+            q = _load_unit(source, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D, COSINE)
             d_mixed = _load(d_rows, q_at, query < TOKENS, CHANNELS, HEAD_DIM, BLOCK_D)
             row = (tl.cast(window, tl.int64) * HEADS + head) * TOKENS + query
             largest = tl.load(row_largest + row, mask=query < TOKENS, other=0.0)
@@ -404,7 +468,10 @@ def _backward_keys(
             d_scores = p * (_dot(v, tl.trans(d_mixed), UPCAST) - delta[None, :])
             d_k += _dot(d_scores.to(q.dtype), q, UPCAST)
 
-        _store(target + CHANNELS, d_k * scale, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        _store_gradient(
+            target + CHANNELS, source + CHANNELS, d_k * scale, k, k_at, key < TOKENS,
+            3 * CHANNELS, HEAD_DIM, BLOCK_D, COSINE,
+        )  # fmt: skip
         _store(target + 2 * CHANNELS, d_v, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
 
 
@@ -413,6 +480,7 @@ def _backward_bias(
     d_out,
     qkv,
     bias_table,
+    logit_scale,
     d_bias,
     row_largest,
     row_inverse,
@@ -427,6 +495,7 @@ def _backward_bias(
     SHIFT: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    COSINE: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -439,6 +508,8 @@ def _backward_bias(
     TILES: tl.constexpr = (TOKENS + BLOCK_N - 1) // BLOCK_N
     head = tl.program_id(0)
     table = bias_table + head * head_stride
+    if COSINE:
+        scale = tl.load(logit_scale + head)
     query = tl.program_id(2) // TILES * BLOCK_M + tl.arange(0, BLOCK_M)
     key = tl.program_id(2) % TILES * BLOCK_N + tl.arange(0, BLOCK_N)
     bias = _relative_position_bias(table, entry_stride, query[:, None], key[None, :], WINDOW)
@@ -450,8 +521,8 @@ def _backward_bias(
         k_at = _locate(down, across, key, height, width, WINDOW, SHIFT)
         source = qkv + image * (height * width * 3 * CHANNELS) + head * HEAD_DIM
         d_rows = d_out + image * (height * width * CHANNELS) + head * HEAD_DIM
-        q = _load(source, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
-        k = _load(source + CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D)
+        q = _load_unit(source, q_at, query < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D, COSINE)
+        k = _load_unit(source + CHANNELS, k_at, key < TOKENS, 3 * CHANNELS, HEAD_DIM, BLOCK_D, COSINE)
         row = (tl.cast(window, tl.int64) * HEADS + head) * TOKENS + query
         largest = tl.load(row_largest + row, mask=query < TOKENS, other=0.0)
         inverse = tl.load(row_inverse + row, mask=query < TOKENS, other=0.0)
@@ -506,6 +577,11 @@ class _Blocks:
     resident: int  # programs that one multiprocessor holds at a time, by their registers
 
 
+def _in_tiles(tokens: int, head_dim: int) -> bool:
+    """Whether the backward of a window is too much for the registers of one program."""
+    return tokens > 64 or (tokens > 16 and head_dim > 32)
+
+
 def _blocks(kernel: Any, tokens: int, head_dim: int, dtype: torch.dtype) -> _Blocks:
     """Chosen so that 16-bit tensors spill no register on any supported card; the compile report checks it."""
     row = max(16, triton.next_power_of_2(tokens))
@@ -514,35 +590,42 @@ def _blocks(kernel: Any, tokens: int, head_dim: int, dtype: torch.dtype) -> _Blo
         return _Blocks(side, side, num_warps=1 if side == 16 else 8, num_stages=1, resident=1)
     if row == 16:
         return _Blocks(16, 16, num_warps=1, num_stages=2 if kernel is _forward else 1, resident=12)
-    if row <= LARGEST_TILE:
-        wide = head_dim > (64 if kernel is _forward else 32)
-        stages = 2 if kernel is _forward else 1
-        return _Blocks(
-            row, row, num_warps=row // 8 if wide else row // 16, num_stages=stages, resident=1 if wide else 2
-        )
+    if kernel is _backward:
+        return _Blocks(row, row, num_warps=row // 16, num_stages=1, resident=2)
+    if kernel is _forward and row <= 64:
+        wide = head_dim > 64
+        return _Blocks(row, row, num_warps=row // 8 if wide else row // 16, num_stages=2, resident=1 if wide else 3)
     if kernel is _forward:
         return _Blocks(64, 64 if head_dim <= 64 else 32, num_warps=4, num_stages=1, resident=2)
     if kernel is _backward_keys:
         queries, keys = (32, 64) if head_dim <= 32 else (64, 32) if head_dim <= 64 else (32, 32)
         return _Blocks(queries, keys, num_warps=4, num_stages=1, resident=2)
-    if kernel is _backward_queries:
-        return _Blocks(64, 64 if head_dim <= 32 else 32, num_warps=4, num_stages=1, resident=2)
-    return _Blocks(64, 64 if head_dim <= 32 else 32, num_warps=4, num_stages=1, resident=2)
+    wide = kernel is _backward_queries and head_dim > 64
+    return _Blocks(64, 64 if head_dim <= 32 else 32, num_warps=8 if wide else 4, num_stages=1, resident=2)
 
 
 def _constants(
-    num_heads: int, head_dim: int, window: tuple[int, int], shift: tuple[int, int], blocks: _Blocks
+    num_heads: int, head_dim: int, window: tuple[int, int], shift: tuple[int, int], cosine: bool, blocks: _Blocks
 ) -> dict[str, Any]:
     return {
         "WINDOW": window,
         "SHIFT": shift,
         "HEADS": num_heads,
         "HEAD_DIM": head_dim,
+        "COSINE": cosine,
         "BLOCK_M": blocks.queries,
         "BLOCK_N": blocks.keys,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
         "UPCAST": dispatch.interpreting(),
     }
+
+
+def _grid(kernel: Any, blocks: _Blocks, qkv: Tensor, num_heads: int, tokens: int) -> tuple[int, int, int]:
+    """Heads, slices of the windows, and tiles of a window."""
+    rows, columns = triton.cdiv(tokens, blocks.queries), triton.cdiv(tokens, blocks.keys)
+    tiles = rows * columns if kernel is _backward_bias else columns if kernel is _backward_keys else rows
+    windows = qkv[..., 0].numel() // tokens
+    return num_heads, _slices(qkv.device, windows, num_heads * tiles, blocks.resident), tiles
 
 
 def _slices(device: torch.device, windows: int, programs: int, resident: int) -> int:
@@ -561,86 +644,90 @@ def _options(device: torch.device, blocks: _Blocks) -> dict[str, int]:
     return {"num_warps": warps_on(device, blocks.num_warps), "num_stages": blocks.num_stages}
 
 
-def _table(bias_table: Tensor, tokens: int) -> Tensor:
-    """[heads, entries]; each head's entries together where they are read for every window and tile."""
-    return bias_table.t().contiguous() if tokens > LARGEST_TILE else bias_table.t()
+def _table(bias_table: Tensor, read_often: bool) -> Tensor:
+    """[heads, entries]; each head's entries together where it is read for every window and tile."""
+    return bias_table.t().contiguous() if read_often else bias_table.t()
 
 
 def forward(
-    qkv: Tensor, bias_table: Tensor, num_heads: int, window: tuple[int, int], shift: tuple[int, int], scale: float
-) -> Tensor:
+    qkv: Tensor, bias_table: Tensor, logit_scale: Tensor | None, num_heads: int,
+    window: tuple[int, int], shift: tuple[int, int], scale: float,
+) -> Tensor:  # fmt: skip
     batch, height, width, channels = qkv.shape
     tokens, head_dim = window[0] * window[1], channels // (3 * num_heads)
-    windows = batch * height * width // tokens
-    table = _table(bias_table, tokens)
-    out = torch.empty((batch, height, width, channels // 3), dtype=qkv.dtype, device=qkv.device)
     blocks = _blocks(_forward, tokens, head_dim, qkv.dtype)
-    tiles = triton.cdiv(tokens, blocks.queries)
-    _forward[(num_heads, _slices(qkv.device, windows, num_heads * tiles, blocks.resident), tiles)](
-        qkv.contiguous(), table, out, windows, height, width, table.stride(1), table.stride(0), scale,
-        **_constants(num_heads, head_dim, window, shift, blocks), **_options(qkv.device, blocks),
+    table = _table(bias_table, blocks.keys < tokens)
+    out = torch.empty((batch, height, width, channels // 3), dtype=qkv.dtype, device=qkv.device)
+    _forward[_grid(_forward, blocks, qkv, num_heads, tokens)](
+        qkv.contiguous(), table, table if logit_scale is None else logit_scale.contiguous(), out,
+        batch * height * width // tokens, height, width, table.stride(1), table.stride(0), scale,
+        **_constants(num_heads, head_dim, window, shift, logit_scale is not None, blocks),
+        **_options(qkv.device, blocks),
     )  # fmt: skip
     return out
 
 
 def backward(
-    d_out: Tensor, qkv: Tensor, bias_table: Tensor, num_heads: int, window: tuple[int, int], shift: tuple[int, int],
-    scale: float, needs_table: bool,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of qkv and, if needed, of bias_table; else that one is empty."""
+    d_out: Tensor, qkv: Tensor, bias_table: Tensor, logit_scale: Tensor | None, num_heads: int,
+    window: tuple[int, int], shift: tuple[int, int], scale: float, needs_table: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of qkv, bias_table and logit_scale; the second is empty unless needed, the third without logit_scale."""
     batch, height, width, channels = qkv.shape
     tokens, head_dim = window[0] * window[1], channels // (3 * num_heads)
     windows = batch * height * width // tokens
-    d_out, qkv, table = d_out.contiguous(), qkv.contiguous(), _table(bias_table, tokens)
-    d_qkv = torch.empty_like(qkv)
-    d_table = torch.empty(bias_table.shape if needs_table else 0, dtype=bias_table.dtype, device=bias_table.device)
+    cosine = logit_scale is not None
+    d_out, qkv, table = d_out.contiguous(), qkv.contiguous(), _table(bias_table, _in_tiles(tokens, head_dim))
+    scales = table if logit_scale is None else logit_scale.contiguous()
 
-    def launch(kernel: Any, blocks: _Blocks, grid: tuple[int, int, int], **results: Tensor | bool) -> None:
+    def cut(kernel: Any) -> tuple[Any, _Blocks, tuple[int, int, int]]:
+        blocks = _blocks(kernel, tokens, head_dim, qkv.dtype)
+        return kernel, blocks, _grid(kernel, blocks, qkv, num_heads, tokens)
+
+    def launch(kernel: Any, blocks: _Blocks, grid: tuple[int, int, int], **others: Tensor | bool) -> None:
         kernel[grid](
-            d_out, qkv, table, windows=windows, height=height, width=width,
-            entry_stride=table.stride(1), head_stride=table.stride(0), scale=scale, **results,
-            **_constants(num_heads, head_dim, window, shift, blocks), **_options(qkv.device, blocks),
+            d_out, qkv, table, scales, windows=windows, height=height, width=width,
+            entry_stride=table.stride(1), head_stride=table.stride(0), scale=scale, **others,
+            **_constants(num_heads, head_dim, window, shift, cosine, blocks), **_options(qkv.device, blocks),
         )  # fmt: skip
 
-    def cut(kernel: Any) -> tuple[_Blocks, tuple[int, int, int]]:
-        blocks = _blocks(kernel, tokens, head_dim, qkv.dtype)
-        rows, columns = triton.cdiv(tokens, blocks.queries), triton.cdiv(tokens, blocks.keys)
-        tiles = {_backward: 1, _backward_queries: rows, _backward_keys: columns, _backward_bias: rows * columns}[kernel]
-        return blocks, (num_heads, _slices(qkv.device, windows, num_heads * tiles, blocks.resident), tiles)
-
-    in_tiles = tokens > LARGEST_TILE
-    blocks, grid = cut(_backward_bias if in_tiles else _backward)
-    pitch = triton.cdiv(tokens, blocks.keys) * blocks.keys
-    # A sum of d_bias for each slice of the windows. Not needed, it stands for nothing, but a launch needs pointers.
-    d_bias = qkv.new_empty((grid[1] if needs_table else 0, num_heads, tokens, pitch), dtype=torch.float32)
+    in_tiles = _in_tiles(tokens, head_dim)
+    for_queries = cut(_backward_queries if in_tiles else _backward)
+    for_bias = cut(_backward_bias) if in_tiles else for_queries
+    _, slices, tiles = for_queries[2]
+    pitch = triton.cdiv(tokens, for_bias[1].keys) * for_bias[1].keys
+    d_qkv = torch.empty_like(qkv)
+    # A sum for each slice of the windows. What is not needed stands for nothing, but a launch needs pointers.
+    d_bias = qkv.new_empty((for_bias[2][1] if needs_table else 0, num_heads, tokens, pitch), dtype=torch.float32)
+    d_scale = qkv.new_empty((slices * tiles if cosine else 0, num_heads), dtype=torch.float32)
     if in_tiles:
         rows = qkv.new_empty((3, windows, num_heads, tokens), dtype=torch.float32)
-        statistics = dict(zip(("row_largest", "row_inverse", "row_delta"), rows, strict=True))
-        launch(_backward_queries, *cut(_backward_queries), d_qkv=d_qkv, **statistics)
-        launch(_backward_keys, *cut(_backward_keys), d_qkv=d_qkv, **statistics)
+        statistics = {"row_largest": rows[0], "row_inverse": rows[1], "row_delta": rows[2]}
+        launch(*for_queries, d_qkv=d_qkv, d_logit_scale=d_scale, **statistics)
+        launch(*cut(_backward_keys), d_qkv=d_qkv, **statistics)
         if needs_table:
-            launch(_backward_bias, blocks, grid, d_bias=d_bias, **statistics)
+            launch(*for_bias, d_bias=d_bias, **statistics)
     else:
-        launch(_backward, blocks, grid, d_qkv=d_qkv, d_bias=d_bias, BIAS_GRADIENT=needs_table)
+        launch(*for_queries, d_qkv=d_qkv, d_bias=d_bias, d_logit_scale=d_scale, BIAS_GRADIENT=needs_table)
+
+    d_table = torch.empty(bias_table.shape if needs_table else 0, dtype=bias_table.dtype, device=bias_table.device)
     if needs_table:
         _sum_by_relative_position[(num_heads, triton.cdiv(len(bias_table), SUM_BLOCKS["BLOCK_ENTRIES"]))](
             d_bias.sum(0), d_table, WINDOW=window, HEADS=num_heads, PITCH=pitch, **SUM_BLOCKS, num_warps=4, num_stages=1
         )
-    return d_qkv, d_table
+    return d_qkv, d_table, d_scale.sum(0) if cosine else d_scale.flatten()
 
 
 # --- What ships -------------------------------------------------------------------------------------------------------
 
-_SWIN_TINY = [
+_SWIN_TINY = [  # stages 1 and 4: the number of heads is a stride, no more
     # window, shift, heads, head dimension
     (7, 0, 3, 32),
     (7, 3, 3, 32),
-    (7, 3, 6, 32),
-    (7, 3, 12, 32),
     (7, 0, 24, 32),
 ]
 _OTHERS = [(window, window // 2, 4, 32) for window in (4, 6, 8, 12, 16, 24)]
-_OTHERS += [(window, window // 2, 4, head_dim) for window in (7, 12) for head_dim in (16, 64, 128)]
+_OTHERS += [(7, 3, 4, 16), (7, 3, 4, 64), (7, 3, 4, 128), (12, 6, 4, 128)]
+_SWIN_V2 = [(window, window // 2, 4, 32) for window in (8, 16)]
 
 
 def compile_cases() -> list[CompileCase]:
@@ -648,16 +735,21 @@ def compile_cases() -> list[CompileCase]:
     pointers = {torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.float32: "*fp32"}
     cases = []
     for dtype, pointer in pointers.items():
-        for window, shift, heads, head_dim in _SWIN_TINY + (_OTHERS if dtype == torch.bfloat16 else []):
+        shapes = [(*shape, False) for shape in _SWIN_TINY]
+        if dtype == torch.bfloat16:
+            shapes += [(*shape, False) for shape in _OTHERS] + [(*shape, True) for shape in _SWIN_V2]
+        for window, shift, heads, head_dim, cosine in shapes:
             tokens = window * window
-            in_tiles = tokens > LARGEST_TILE
+            in_tiles = _in_tiles(tokens, head_dim)
             kernels = (_backward_queries, _backward_keys, _backward_bias) if in_tiles else (_backward,)
             for kernel in (_forward, *kernels):
                 blocks = _blocks(kernel, tokens, head_dim, dtype)
-                constants = _constants(heads, head_dim, (window, window), (shift, shift), blocks) | {"UPCAST": False}
+                constants = _constants(heads, head_dim, (window, window), (shift, shift), cosine, blocks) | {
+                    "UPCAST": False
+                }
                 if kernel is _backward:
                     constants |= {"BIAS_GRADIENT": True}
-                if in_tiles:
+                if in_tiles if kernel is not _forward else blocks.keys < tokens:
                     constants |= {"entry_stride": 1}
                 signature = {name: "*fp32" for name in kernel.arg_names if name not in constants}
                 signature |= {name: pointer for name in ("qkv", "out", "d_out", "d_qkv") if name in signature}
@@ -666,7 +758,7 @@ def compile_cases() -> list[CompileCase]:
                 cases.append(
                     CompileCase(
                         name=f"window_attention {kernel.__name__.strip('_')}, window {window}, shift {shift}, "
-                        f"{heads} heads of {head_dim}, {str(dtype).removeprefix('torch.')}",
+                        f"{heads} heads of {head_dim}, {'cosine, ' * cosine}{str(dtype).removeprefix('torch.')}",
                         kernel=kernel,
                         signature=signature,
                         constexprs=constants,

@@ -98,6 +98,17 @@ def test_forward_mode_is_refused(case: Case) -> None:
         hessian(lambda x: case.function(x, *case.inputs[1:]).square().sum())(case.inputs[0])
 
 
+def test_compiled_forward_mode_is_refused(case: Case) -> None:
+    """What is compiled is the op itself, and must not answer with a zero."""
+
+    def derivative(*inputs: Tensor) -> Tensor:
+        return jvp(case.function, inputs, inputs)[1]
+
+    compiled = torch.compile(derivative, backend="aot_eager")
+    with pytest.raises(Exception, match="forward"):
+        compiled(*case.inputs)
+
+
 def test_second_derivatives_are_refused(case: Case) -> None:
     def loss(x: Tensor) -> Tensor:
         return case.function(x, *case.inputs[1:]).square().sum()
@@ -114,7 +125,7 @@ def test_direct_calls_of_the_op_have_gradients_too() -> None:
     """torch.ops.fastlocal is what torch.compile sees."""
     qkv, table = (tensor.clone().requires_grad_() for tensor in CASES["window_attention"].inputs)
     geometry = (1, 2, 2, 1, 1, 4**-0.5, "auto")
-    out = torch.ops.fastlocal.window_attention(qkv, table, *geometry)
+    out = torch.ops.fastlocal.window_attention(qkv, table, None, *geometry)
     found = torch.autograd.grad(out.square().sum(), (qkv, table))
     torch.testing.assert_close(found, _eager_gradients(*CASES["window_attention"]))
 

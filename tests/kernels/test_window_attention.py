@@ -64,6 +64,7 @@ GEOMETRIES = [
     Geometry(3, (6, 10), 2, 8, (3, 5), (1, 2)),
     Geometry(1, (4, 9), 2, 20, (2, 9), (0, 4)),
     Geometry(1, (3, 2), 1, 128, (1, 1), (0, 0)),
+    Geometry(1, (17, 18), 1, 8, (17, 18), (8, 9)),  # 306 tokens: five tiles a side
 ]
 names = [f"{g.window[0]}x{g.window[1]}-shift{g.shift[0]},{g.shift[1]}-dim{g.head_dim}" for g in GEOMETRIES]
 
@@ -223,6 +224,54 @@ def test_slices_of_windows_add_up(monkeypatch: pytest.MonkeyPatch, relative_erro
         monkeypatch.setattr(module, "_slices", lambda device, windows, *_, slices=slices: slices)
         found.append(run(window_attention, *tensors, kernels="triton", **WINDOW_4.options)[2])
     assert relative_error(found[0], found[1]) < 1e-6
+
+
+# --- Cosines ----------------------------------------------------------------------------------------------------------
+
+COSINE_9 = Geometry(1, (9, 9), 1, 8, (9, 9), (4, 4))  # two tiles
+
+
+def normalized_window_attention(qkv: Tensor, table: Tensor, logit_scale: Tensor, **options: Any) -> Tensor:
+    """Swin-V2's attention by timm's own: unit queries, scaled, and unit keys."""
+    q, k, v = qkv.unflatten(3, (3, options["num_heads"], -1)).unbind(3)
+    q, k = (torch.nn.functional.normalize(tokens, dim=-1) for tokens in (q, k))
+    unit = torch.stack([q * logit_scale[:, None], k, v], 3).flatten(3)
+    return timm_window_attention(unit, table, scale=1.0, **options)
+
+
+@pytest.mark.parametrize("needed", list(itertools.product([False, True], repeat=3))[1:])
+@pytest.mark.parametrize("geometry", [WINDOW_4, COSINE_9], ids=["rows", "tiles"])
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+def test_cosine_attention(kernels: Any, geometry: Geometry, needed: tuple[bool, ...], relative_error: ErrorOf) -> None:
+    qkv, table, d_out = geometry.tensors()
+    inputs = [qkv, table, 1 + 9 * torch.rand(geometry.heads)]
+    exact = [tensor.double().requires_grad_() for tensor in inputs]
+    expected = normalized_window_attention(*exact, **geometry.options)
+    expected.backward(d_out.double())
+    for tensor, need in zip(inputs, needed, strict=True):
+        tensor.requires_grad_(need)
+    with use_kernels(kernels):
+        out = window_attention(*inputs[:2], logit_scale=inputs[2], **geometry.options)
+        out.backward(d_out)
+    assert relative_error(out, expected) < 1e-5
+    for tensor, need, reference in zip(inputs, needed, exact, strict=True):
+        assert (tensor.grad is not None) == need
+        if tensor.grad is not None and reference.grad is not None:
+            assert relative_error(tensor.grad, reference.grad) < 1e-5
+
+
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+def test_cosines_of_zeros(kernels: Any) -> None:
+    """Padding's keys are zeros in Swin-V2, whose k has no bias: its scores are 0, no gradient is NaN."""
+    qkv, table, d_out = WINDOW_4.tensors()
+    qkv[:, -2:] = 0
+    qkv.requires_grad_()
+    with use_kernels(kernels):
+        out = window_attention(qkv, table, logit_scale=torch.full((2,), 10.0), **WINDOW_4.options)
+        out.backward(d_out)
+    assert out.isfinite().all()
+    assert qkv.grad is not None
+    assert qkv.grad.isfinite().all()
 
 
 # --- Extreme rows -----------------------------------------------------------------------------------------------------
@@ -402,13 +451,15 @@ def test_opcheck(kernels: Any) -> None:
     backward = torch.ops.fastlocal.window_attention_backward.default
     arguments = (1, 2, 2, 1, 1, 0.5, kernels)
     with use_kernels(kernels):
-        torch.library.opcheck(forward, (qkv.clone().requires_grad_(), table.clone().requires_grad_(), *arguments))
-        for needs_table in (True, False):
-            torch.library.opcheck(
-                backward,
-                (d_out, qkv, table, *arguments, needs_table),
-                test_utils=("test_schema", "test_faketensor"),
-            )
+        for logit_scale in (None, torch.ones(1)):
+            leaves = [t.clone().requires_grad_() if t is not None else None for t in (qkv, table, logit_scale)]
+            torch.library.opcheck(forward, (*leaves, *arguments))
+            for needs_table in (True, False):
+                torch.library.opcheck(
+                    backward,
+                    (d_out, qkv, table, logit_scale, *arguments, needs_table),
+                    test_utils=("test_schema", "test_faketensor"),
+                )
 
 
 @pytest.mark.parametrize("kernels", ["reference", "triton"])
@@ -470,8 +521,10 @@ def test_flops_are_counted_as_for_sdpa() -> None:
             {"window_size": 5},
             r"qkv's grid must be a multiple of window_size = 5 × 5, got 8 × 12; pad the tokens before",
         ),
-        ({"window_size": 0}, r"window_size must have 1 to 256 tokens, got 0 × 0"),
-        ({"window_size": 17}, r"window_size must have 1 to 256 tokens, got 17 × 17"),
+        ({"window_size": 0}, r"window_size must be at least 1 × 1, got 0 × 0"),
+        ({"logit_scale": torch.ones(2, 1, 1)}, r"logit_scale must be \[num_heads\] = \[2\], got \[2, 1, 1\]"),
+        ({"logit_scale": torch.ones(2, dtype=torch.long)}, r"logit_scale must be float16.*got torch\.int64"),
+        ({"logit_scale": torch.ones(2), "scale": 1.0}, r"scale must not be given beside logit_scale, .*, got 1\.0"),
         ({"window_size": (4, 4, 4)}, r"window_size must be an integer or a pair of them, got \(4, 4, 4\)"),
         ({"window_size": (4.0, 4.0)}, r"window_size must be an integer or a pair of them, got \(4\.0, 4\.0\)"),
         (
@@ -529,5 +582,6 @@ def test_compile_cases_cover_the_kernels_arguments() -> None:
         assert set(case.signature) | set(case.constexprs) == set(case.kernel.arg_names), case.name
     windows = {case.constexprs["WINDOW"][0] for case in cases}
     head_dims = {case.constexprs["HEAD_DIM"] for case in cases if case.has_dot}
-    assert windows >= {4, 6, 7, 8, 12, 16}
+    assert windows >= {4, 6, 7, 8, 12, 16, 24}
+    assert any(case.constexprs.get("COSINE") for case in cases)
     assert head_dims >= {16, 32, 64, 128}

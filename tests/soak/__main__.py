@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from soak import disk, kills, mutations, steps
+from soak import disk, kernels, kills, mutations, steps
 from soak.processes import Processes
 
-KILLS, MUTANTS, DISKS, SECONDS, BATCH = 500, 100_000, 500, 3600, 500
+KILLS, MUTANTS, DISKS, SECONDS, BATCH, COMPARISONS = 500, 100_000, 500, 3600, 500, 2500
 
 
 class Rows:
@@ -86,9 +86,16 @@ def soak_steps(rows: Rows, folder: Path, share: float) -> None:
         )
 
 
+def soak_kernels(rows: Rows, folder: Path, share: float) -> None:
+    torch.set_num_threads(1)
+    done = len(rows.of("kernels"))
+    for found in islice(kernels.comparisons(seed=done), max(0, int(COMPARISONS * share) - done)):
+        rows.add(part="kernels", name=f"{found.op}, {found.dtype}", trials=1, error=found.error, wrong=found.wrong)
+
+
 def table(rows: Rows) -> str:
     """What was tried, and what came of it."""
-    lines = [f"{'part':9s}{'what':24s}{'tried':>8s}  outcome"]
+    lines = [f"{'part':9s}{'what':30s}{'tried':>8s}  outcome"]
     for part, name in dict.fromkeys((row["part"], row["name"]) for row in rows.rows):
         mine = rows.of(part, name)
         numbers: Counter[str] = Counter()
@@ -100,14 +107,22 @@ def table(rows: Rows) -> str:
         told = ", ".join(f"{value} {key}" for key, value in numbers.items())
         if part == "steps":
             told = f"{mine[0]['seconds']:.0f} s, first {mine[0]['first']}, last {mine[0]['last']}"
+        if part == "kernels":
+            told = f"worst error {max(row['error'] for row in mine):.1e}"
         tried = sum(row["trials"] for row in mine)
         lines.append(
-            f"{part:9s}{name:24s}{tried:8d}  {told}{', ' if told else ''}{f'WRONG: {wrong[:2]}' if wrong else 'nothing lost'}"
+            f"{part:9s}{name:30s}{tried:8d}  {told}{', ' if told else ''}{f'WRONG: {wrong[:2]}' if wrong else 'nothing lost'}"
         )
     return "\n".join(lines)
 
 
-PARTS = {"kills": soak_kills, "disks": soak_disks, "mutants": soak_mutants, "steps": soak_steps}
+PARTS = {
+    "kills": soak_kills,
+    "disks": soak_disks,
+    "mutants": soak_mutants,
+    "steps": soak_steps,
+    "kernels": soak_kernels,
+}
 
 
 def main() -> int:
