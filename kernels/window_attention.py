@@ -295,7 +295,8 @@ def _reference_backward(
     grid = qkv.shape[1:3]
     whole_q, whole_k, v = _partition(qkv, window, shift, 3 * num_heads).chunk(3, dim=2)
     d_mixed = _partition(d_out, window, shift, num_heads)
-    q, k, scales = whole_q, whole_k, scale
+    q, k = whole_q, whole_k
+    scales: float | Tensor = scale
     if logit_scale is not None:
         scales, q, k = logit_scale.view(-1, 1, 1), F.normalize(q, dim=-1), F.normalize(k, dim=-1)
     p = _probabilities(q, k, bias_table, grid, window, shift, scales)

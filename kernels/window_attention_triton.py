@@ -701,7 +701,7 @@ def backward(
     d_scale = qkv.new_empty((slices * tiles if cosine else 0, num_heads), dtype=torch.float32)
     if in_tiles:
         rows = qkv.new_empty((3, windows, num_heads, tokens), dtype=torch.float32)
-        statistics = {"row_largest": rows[0], "row_inverse": rows[1], "row_delta": rows[2]}
+        statistics: dict[str, Any] = {"row_largest": rows[0], "row_inverse": rows[1], "row_delta": rows[2]}
         launch(*for_queries, d_qkv=d_qkv, d_logit_scale=d_scale, **statistics)
         launch(*cut(_backward_keys), d_qkv=d_qkv, **statistics)
         if needs_table:
