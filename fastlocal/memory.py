@@ -123,13 +123,13 @@ def dry_run() -> Iterator[None]:
     # itself holds some; so it assigns their data, as it does for real ones. And deepcopy would copy the data.
     swap_tensors, deepcopy = torch.utils.swap_tensors, Tensor.__deepcopy__
     torch.utils.swap_tensors = _assign_data
-    Tensor.__deepcopy__ = _copy_without_data  # type: ignore[method-assign]
+    Tensor.__deepcopy__ = _copy_without_data  # type: ignore[method-assign]  # patched for this block
     try:
         with _DryRun():
             yield
     finally:
         torch.utils.swap_tensors = swap_tensors
-        Tensor.__deepcopy__ = deepcopy  # type: ignore[method-assign]
+        Tensor.__deepcopy__ = deepcopy  # type: ignore[method-assign]  # patched for this block
 
 
 def fake_copy(model: nn.Module) -> nn.Module:
@@ -305,7 +305,7 @@ class Meter(TorchDispatchMode):
             register_optimizer_step_post_hook(self._after_optimizer_step),
         ]
         self._resize = torch.UntypedStorage.resize_
-        torch.UntypedStorage.resize_ = self._resize_and_count(self._resize)  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = self._resize_and_count(self._resize)  # type: ignore[method-assign]  # patched for this block
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         _active.append(self)
@@ -316,7 +316,7 @@ class Meter(TorchDispatchMode):
         super().__exit__(*exception)
         if self.device.type == "cuda":
             self.torch_peak = torch.cuda.max_memory_allocated(self.device)
-        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]  # patched for this block
         for handle in [*self._handles, *self._hooked.values()]:
             handle.remove()
         _active.remove(self)

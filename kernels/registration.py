@@ -74,7 +74,7 @@ def register(
 
     class Transformable(Differentiable):  # for torch.func; binding its arguments costs 30 us a call
         generate_vmap_rule = True
-        forward = staticmethod(below_autograd)  # type: ignore[assignment]
+        forward = staticmethod(below_autograd)  # type: ignore[assignment]  # without ctx: `setup_context` has it
         setup_context = staticmethod(keep)
 
     def call(*args: Any) -> Any:

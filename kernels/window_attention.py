@@ -248,7 +248,7 @@ def _forward_flops(
 
 @register_flop_formula(torch.ops.fastlocal.window_attention_backward)
 def _backward_flops(d_out: torch.Size, *args: torch.Size, **_: object) -> int:
-    return _forward_flops(*args) * 5 // 2  # type: ignore[arg-type]
+    return _forward_flops(*args) * 5 // 2  # type: ignore[arg-type]  # the arguments of the op, as torch hands them over
 
 
 def _implementation(qkv: Tensor, num_heads: int, kernels: dispatch.Choice) -> str:

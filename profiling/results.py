@@ -38,6 +38,15 @@ def origin() -> dict[str, str]:
     }
 
 
+def sentence(error: BaseException) -> str:
+    """The first line of an error, for a row: that something cannot run is a result too."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return (str(error).strip() or repr(error)).split("\n")[0][:300]
+
+
 def card_state() -> dict[str, str]:
     """Clocks, power limit and temperature of the first card now, as its driver says; empty without one."""
     fields = ("clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit", "temperature.gpu")

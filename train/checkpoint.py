@@ -51,7 +51,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object], keep: Pat
         with temporary.open("xb") as file:
             sink = _Sink(file)
             try:
-                write(sink)  # type: ignore[arg-type]
+                write(sink)  # type: ignore[arg-type]  # all of IO that torch.save uses
             finally:
                 if sink.error is not None:
                     raise sink.error

@@ -92,4 +92,5 @@ def _next(reader: Iterator[Any]) -> Any:
 def _begin_worker(_: int) -> None:
     leave_to_parent()
     # A batch that cannot be handed over, as when /dev/shm is full, is dropped by default, and waited for in vain.
+    # The types of the standard library leave this method out.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))  # type: ignore[attr-defined]

@@ -56,9 +56,10 @@ class Block(Part):
     @property
     def code(self) -> nn.Module:
         both = [f for f in (*self._transition, *self._function) if f is not None]
-        return nn.ModuleList(both) if all(isinstance(f, nn.Module) for f in both) else self  # type: ignore[arg-type]
+        modules = [f for f in both if isinstance(f, nn.Module)]
+        return nn.ModuleList(modules) if len(modules) == len(both) else self
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # a pair, where others give one
         """Return the block's input (after the transition) and its output; their difference is the residual."""
         if self._transition[0] is not None:
             x = self._transition[0](x)
@@ -83,7 +84,11 @@ class Chain(nn.Module):
     @property
     def functions(self) -> list[Function]:
         """What runs the blocks: each gives what goes on, of all that its module returns."""
-        return [lambda x, block=block: self.output_of(block(x)) for block in self.blocks]  # type: ignore[misc]
+
+        def runs(block: nn.Module) -> Function:
+            return lambda x: self.output_of(block(x))
+
+        return [runs(block) for block in self.blocks]
 
 
 class Backbone:

@@ -98,7 +98,10 @@ def _rotary(rope: Any, grid: tuple[int, int] | None, mixed: bool) -> Callable[[i
 
 
 def _rotary_blocks(blocks: Any, rotary: Callable[[int], Tensor | None]) -> list[Callable[[Tensor], Tensor]]:
-    return [lambda x, i=i, block=block: block(x, rope=rotary(i)) for i, block in enumerate(blocks)]  # type: ignore[misc]
+    def runs(i: int, block: Any) -> Callable[[Tensor], Tensor]:
+        return lambda x: block(x, rope=rotary(i))
+
+    return [runs(i, block) for i, block in enumerate(blocks)]
 
 
 @register_backbone("timm.models.eva.Eva")

@@ -25,7 +25,10 @@ def _layers(encoder: Any) -> Any:
 
 
 def _blocks(model: Any, **given: Any) -> list[Callable[[Tensor], Tensor]]:
-    return [lambda x, layer=layer: _first(layer(x, **given)) for layer in _layers(model)]  # type: ignore[misc]
+    def runs(layer: Any) -> Callable[[Tensor], Tensor]:
+        return lambda x: _first(layer(x, **given))
+
+    return [runs(layer) for layer in _layers(model)]
 
 
 def _class(name: str) -> str:

@@ -145,8 +145,8 @@ def _noting(trainer: LocalTrainer, meter: memory.Meter, first: list[int]) -> Ite
         if index == 0 and not first:
             first.append(meter.events)
 
-    trainer.residency.on_device = noted  # type: ignore[method-assign]
+    trainer.residency.on_device = noted  # type: ignore[method-assign]  # of this one alone
     try:
         yield
     finally:
-        trainer.residency.on_device = on_device  # type: ignore[method-assign]
+        trainer.residency.on_device = on_device  # type: ignore[method-assign]  # as it was

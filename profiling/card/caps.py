@@ -30,7 +30,6 @@ from fastlocal.profiling.card.throughput import (
     available_kernels,
     default_device,
     release,
-    sentence,
     time_step,
 )
 from fastlocal.profiling.cli import UserError
@@ -269,5 +268,5 @@ if __name__ == "__main__":
     try:
         answer = measure_point(asked)
     except Exception as error:
-        answer = {"error": sentence(error)}
+        answer = {"error": results.sentence(error)}
     print(json.dumps(answer))

@@ -37,14 +37,14 @@ def correctness(output: Path, budget: float | None) -> int:
     import torch
 
     from fastlocal.kernels import use_kernels
-    from fastlocal.kernels.dispatch import why_not_triton
-    from fastlocal.profiling.card.throughput import default_device, release, sentence
+    from fastlocal.kernels.dispatch import Choice, why_not_triton
+    from fastlocal.profiling.card.throughput import default_device, release
     from fastlocal.profiling.kernels.timing import check
     from fastlocal.profiling.kernels.workloads import workloads
 
     device = default_device()
     obstacle = why_not_triton(device)
-    implementation = "triton" if obstacle is None and device.type == "cuda" else "reference"
+    implementation: Choice = "triton" if obstacle is None and device.type == "cuda" else "reference"
     dtypes, chosen = [torch.float32, torch.bfloat16, torch.float16], workloads()
     if device.type == "cpu":
         dtypes, chosen = dtypes[:2], [workload for workload in chosen if workload.shape == "Swin-T stage 4"]
@@ -59,10 +59,10 @@ def correctness(output: Path, budget: float | None) -> int:
     for key, workload, dtype in campaign.todo(jobs):
         release()
         try:
-            with use_kernels(implementation):  # type: ignore[arg-type]
+            with use_kernels(implementation):
                 wrong = check(workload, dtype, device)
         except Exception as error:  # one op that fails must not hide the others
-            wrong = sentence(error)
+            wrong = results.sentence(error)
         campaign.add({**key, "implementation": implementation, "error": wrong})
         print(f"{workload.name}, {key['dtype']}, {implementation}: {wrong or 'right'}", flush=True)
     done = [row for key, _ in jobs if (row := campaign.find(key)) is not None]
@@ -109,7 +109,6 @@ def meter(output: Path, budget: float | None) -> int:
         create_model,
         default_device,
         release,
-        sentence,
     )
 
     device = default_device()
@@ -161,7 +160,7 @@ def meter(output: Path, budget: float | None) -> int:
         try:
             row = {"error": None, **compare(given)}
         except Exception as error:  # one set-up that fails must not hide the others
-            row = {"error": sentence(error), "within": False}
+            row = {"error": results.sentence(error), "within": False}
         campaign.add({**place, "name": name, **row})
         print(f"{name}: {row['error'] or ('within 5 %' if row['within'] else 'further off than 5 %')}", flush=True)
     print(f"\n{meter_table(campaign.rows)}")
@@ -231,7 +230,7 @@ def train(output: Path, budget: float | None) -> int:
         return 0
     import torch
 
-    from fastlocal.profiling.card.throughput import available_kernels, default_device, sentence
+    from fastlocal.profiling.card.throughput import available_kernels, default_device
     from fastlocal.train import loop
     from fastlocal.train.config import TrainConfig
 
@@ -251,7 +250,7 @@ def train(output: Path, budget: float | None) -> int:
                 summary = loop.run(TrainConfig.of(**given, output=folder))
                 row: dict[str, Any] = {"accuracy": list(summary.accuracy), "best_accuracy": summary.best_accuracy}
             except Exception as error:  # one kernel that fails must not hide what the others reach
-                row = {"best_accuracy": None, "error": sentence(error)}
+                row = {"best_accuracy": None, "error": results.sentence(error)}
                 print(f"{given}: {row['error']}", file=sys.stderr)
         campaign.add({"bench": "train", **given, "error": None, **row, "seconds": time.perf_counter() - begun})
     done = [found for key, _ in jobs if (found := campaign.find(key)) is not None]

@@ -204,13 +204,14 @@ class Training:
         import torch
         from torch.nn.functional import cross_entropy
 
-        setup, model, device = self.setup, self.model, self.device
+        setup, device = self.setup, self.device
+        model: Any = self.model
         model.to(device)
         if setup.channels_last:
             model.to(memory_format=torch.channels_last)
         model.train()
         if setup.recompute:
-            model.set_grad_checkpointing()  # type: ignore[operator]
+            model.set_grad_checkpointing()
         optimizer = self._optimizer(model.parameters())
         self.state.append(optimizer)
         if setup.compile:
@@ -236,23 +237,15 @@ class Training:
         return step
 
     def _ours(self) -> Callable[[Tensor, Tensor], object]:
-        from fastlocal import LocalTrainer
-
         setup = self.setup
-        trainer = LocalTrainer(
+        trainer = memory.local_trainer(
             self.model,
-            modules=setup.modules,
-            objective=setup.objective,
-            decoder=setup.decoder or "linear",
+            setup,
             optimizer=self._optimizer,
             micro_batch=setup.micro_batch,
-            recompute="block" if setup.recompute else "none",
-            residency=setup.residency,  # type: ignore[arg-type]
-            boundaries=setup.boundaries,  # type: ignore[arg-type]
-            weights=setup.weights,  # type: ignore[arg-type]
             amp_dtype=self.amp_dtype,
             device=self.device,
-            kernels=setup.kernels,  # type: ignore[arg-type]
+            kernels=setup.kernels,
             compile="reduce-overhead" if setup.cuda_graphs else setup.compile,
         )
         self.state.append(trainer)
@@ -398,15 +391,6 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def sentence(error: BaseException) -> str:
-    """The first line of an error, for a row."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    return (str(error).strip() or repr(error)).split("\n")[0][:300]
-
-
 # --- Trace ------------------------------------------------------------------------------------------------------------
 
 
@@ -519,7 +503,7 @@ def main(argv: list[str]) -> int:
         try:
             row |= measure(model, setup, arguments.batch_size, device, arguments.image_size, arguments.rounds)
         except Exception as error:  # a set-up that cannot run is a result too
-            row["error"] = sentence(error)
+            row["error"] = results.sentence(error)
             failed |= setup.family != "rival" and row["error"] != "out of memory"
         campaign.add(row)
         print(_progress(row), flush=True)

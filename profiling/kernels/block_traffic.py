@@ -170,7 +170,7 @@ def _planning_backend(kernels: dict[bool, dict[str, int]]) -> Callable[..., Any]
                 for value in results
             ]
 
-        allocate._boxed_call = True  # type: ignore[attr-defined]
+        allocate._boxed_call = True  # type: ignore[attr-defined]  # torch reads it from the function
         return allocate
 
     compile_fx: Any = inductor.compile_fx

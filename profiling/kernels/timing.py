@@ -116,7 +116,7 @@ def _workload_rows(bench: Bench, workload: Workload, dtype: torch.dtype) -> Iter
             except Exception as error:  # that a provider cannot run this shape or version is a result too
                 functions.pop(name, None)
                 del providers[name]
-                yield {**place, "provider": name, "error": (str(error).strip() or repr(error)).split("\n")[0]}
+                yield {**place, "provider": name, "error": results.sentence(error)}
         times = bench.timer(functions)
         fastest_rival = min((times[name] for name in times if name != OURS), key=lambda t: t.p50, default=None)
         for name, (p20, p50, p80) in times.items():

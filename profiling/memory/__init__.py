@@ -11,6 +11,7 @@ from fastlocal.profiling.memory.setups import ours as ours
 from fastlocal.profiling.memory.setups import rivals as rivals
 from fastlocal.profiling.memory.step import batch as batch
 from fastlocal.profiling.memory.step import count_flops as count_flops
+from fastlocal.profiling.memory.step import local_trainer as local_trainer
 from fastlocal.profiling.memory.step import measure as measure
 from fastlocal.profiling.memory.step import meter_step as meter_step
 from fastlocal.profiling.memory.step import possible as possible

@@ -110,7 +110,7 @@ class _AdamW8bit(torch.optim.Optimizer):
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters, {})
 
-    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closure, no loss
         for parameter in (parameter for group in self.param_groups for parameter in group["params"]):
             if parameter in self.state:
                 continue

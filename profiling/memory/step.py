@@ -132,21 +132,14 @@ def _build(model: nn.Module, setup: Setup) -> tuple[Step, list[Any]]:
     """The training step of ``setup``, and what holds its state besides the model."""
     if setup.family == "rival":
         return _rival(model, setup)
-    trainer = LocalTrainer(
+    trainer = local_trainer(
         model,
-        modules=setup.modules,
-        objective=setup.objective,
-        decoder=setup.decoder or "linear",
+        setup,
         optimizer=lambda groups: torch.optim.AdamW(groups, lr=5e-4, weight_decay=0.05),
-        recompute="block" if setup.recompute else "none",
-        residency=setup.residency,  # type: ignore[arg-type]
-        boundaries=setup.boundaries,  # type: ignore[arg-type]
-        weights=setup.weights,  # type: ignore[arg-type]
-        prefetch=setup.prefetch,
         amp_dtype=torch.bfloat16,
     )
     parts = trainer.engine.parts
-    trainer.engine.parts = lambda batch: representative(parts(batch))  # type: ignore[method-assign]
+    trainer.engine.parts = lambda batch: representative(parts(batch))  # type: ignore[method-assign]  # of this one alone
 
     def step(images: Tensor, labels: Tensor, micro_batch: int | None) -> None:
         trainer.micro_batch = micro_batch
@@ -155,10 +148,22 @@ def _build(model: nn.Module, setup: Setup) -> tuple[Step, list[Any]]:
     return step, [*trainer.modules, *trainer.optimizers]
 
 
-def _rival(model: nn.Module, setup: Setup) -> tuple[Step, list[Any]]:
+def local_trainer(model: nn.Module, setup: Setup, **options: Any) -> LocalTrainer:
+    """The trainer of one of our set-ups; ``options`` are what it leaves open."""
+    chosen: dict[str, Any] = {
+        "modules": setup.modules,
+        "objective": setup.objective,
+        "decoder": setup.decoder or "linear",
+        "recompute": "block" if setup.recompute else "none",
+        **{name: getattr(setup, name) for name in ("residency", "boundaries", "weights", "prefetch")},
+    }
+    return LocalTrainer(model, **chosen, **options)
+
+
+def _rival(model: Any, setup: Setup) -> tuple[Step, list[Any]]:
     model.train()
     if setup.recompute:
-        model.set_grad_checkpointing()  # type: ignore[operator]
+        model.set_grad_checkpointing()
     rival = RIVALS[setup.method](model)
     mean = torch.tensor([123.7, 116.3, 103.5]).view(-1, 1, 1)
 
@@ -189,9 +194,9 @@ def representative(parts: list[slice]) -> list[slice]:
     return [*parts[:2], *parts[2:][-1:]]
 
 
-def batch(model: nn.Module, setup: Setup, batch_size: int) -> tuple[Tensor, Tensor]:
+def batch(model: Any, setup: Setup, batch_size: int) -> tuple[Tensor, Tensor]:
     """Images and labels as ``setup`` gets them."""
-    channels, height, width = model.pretrained_cfg["input_size"]  # type: ignore[index]
+    channels, height, width = model.pretrained_cfg["input_size"]
     if (embedding := getattr(model, "patch_embed", None)) is not None and embedding.img_size is not None:
         height, width = embedding.img_size
     dtype = torch.uint8 if setup.tuned else torch.float32

@@ -122,7 +122,7 @@ class PicturesOfHub:
     def __len__(self) -> int:
         return len(self.reader)
 
-    def __getitem__(self, index: int) -> Source:
+    def __getitem__(self, index: int) -> bytes:
         with self.reader[index][0] as file:
             return bytes(file.read())
 
@@ -133,7 +133,7 @@ class PicturesOfHub:
         return self.name(index)
 
     def size(self, index: int) -> int:
-        return len(self[index])  # type: ignore[arg-type]
+        return len(self[index])
 
 
 @dataclass(frozen=True)
