@@ -329,6 +329,8 @@ class LocalTrainer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from `state_dict`; residency, micro-batch, recomputation and device may differ from the saved run's.
 
+        Everything is copied, a module at a time, so a state that lies in a mapped file takes no memory of its own.
+
         Raises:
             ValueError: the state is of another model, partition or objective. Nothing has changed then.
         """
@@ -350,7 +352,7 @@ class LocalTrainer:
         saved = iter(state["optimizers"])
         for k, optimizer in enumerate(self.engine.optimizers):
             if optimizer is not None:
-                optimizer.load_state_dict(next(saved))
+                optimizer.load_state_dict(_copied(next(saved)))
                 self.residency.park_states(k)  # before the next module's states come to the device
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
@@ -400,6 +402,15 @@ class LocalTrainer:
             yield
         finally:
             self.residency.exchange(pairs)
+
+
+def _copied(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state whose tensors are copies; `Optimizer.load_state_dict` keeps those that it is given."""
+    moments = {
+        index: {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}
+        for index, entry in state["state"].items()
+    }
+    return {**state, "state": moments}
 
 
 def _mean_std(

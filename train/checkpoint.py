@@ -155,6 +155,8 @@ def load(path: Path) -> dict[str, Any]:
 def read_tree(path: Path) -> dict[str, Any]:
     """Read what `write` wrote onto the CPU. Only plain values and tensors are read; no code in the file ever runs.
 
+    The tensors lie in the file, which stays open as long as one of them lives.
+
     Raises:
         UserError: the file is missing, unreadable or damaged, holds other objects, would need more memory than it is long,
             or is of another format.
@@ -165,7 +167,8 @@ def read_tree(path: Path) -> dict[str, Any]:
         _check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about forms of pickle that are refused anyway
-            tree = torch.load(path, map_location="cpu", weights_only=True)
+            # Mapped, not read: a value takes memory when it is copied to where it belongs.
+            tree = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except UserError:
         raise
     except OSError as error:

@@ -222,10 +222,12 @@ class _Run:
         changed = differences(saved["data"], self.fingerprint)
         if changed:
             raise UserError(f"{path} was trained on other data: {checkpoints.listed(changed)}.")
-        checkpoints.load_trainer(self.trainer, saved["trainer"], path)
+        checkpoints.load_trainer(
+            self.trainer, saved.pop("trainer"), path
+        )  # nobody holds on to it while training goes on
         self.progress = Progress(**saved["progress"])
         self._check_progress(path)
-        self.progress.totals = {name: total.to(self.device) for name, total in self.progress.totals.items()}
+        self.progress.totals = {name: total.clone().to(self.device) for name, total in self.progress.totals.items()}
         try:
             checkpoints.restore_random_state(saved["random"])
         except ValueError as error:

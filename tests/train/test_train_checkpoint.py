@@ -6,6 +6,8 @@ import os
 import pickle
 import random
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -154,3 +156,48 @@ def test_random_state_comes_back_through_a_file(tmp_path: Path) -> None:
     expected, others = draw(), draw()
     checkpoint.restore_random_state(checkpoint.read_tree(tmp_path / "random.pt")["random"])
     assert draw() == expected != others
+
+
+LOADING = """
+import sys, threading, timm, torch, fastlocal
+from pathlib import Path
+from fastlocal.train.checkpoint import load_trainer, read_tree, write, write_atomically
+
+def trainer():
+    model = timm.create_model("vit_tiny_patch16_224", img_size=32, embed_dim=384, depth=16, num_heads=6, num_classes=10)
+    return fastlocal.LocalTrainer(model, modules=8, objective="end-to-end", residency="module")
+
+def resident():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+path = Path(sys.argv[1])
+if not path.exists():
+    one = trainer()
+    one.step(torch.randn(2, 3, 32, 32), torch.tensor([0, 1]))
+    write_atomically(path, lambda file: write({"trainer": one.state_dict()}, file))
+    sys.exit()
+before = peak = resident()
+done = threading.Event()
+def watch():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, resident())
+thread = threading.Thread(target=watch)
+thread.start()
+one = trainer()
+load_trainer(one, read_tree(path)["trainer"], path)
+done.set()
+thread.join()
+print((peak - before) / path.stat().st_size)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_state_is_loaded_in_little_more_memory_than_it_has(tmp_path: Path) -> None:
+    """The model, its states on the host and all that loading takes meanwhile, with AdamW's moments."""
+    for _ in range(2):  # written by one process, read by another
+        command = [sys.executable, "-c", LOADING, str(tmp_path / "state.pt")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert 0.9 < float(done.stdout) < 1.3
