@@ -17,6 +17,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 import weakref
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -118,3 +119,13 @@ class Bus:
             )
         else:
             weakref.finalize(value.untyped_storage(), runtime.cudaHostUnregister, address)
+
+
+def host_available() -> int | None:
+    """Bytes of host memory that can be had without swapping, as Linux says; None elsewhere."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    found = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
+    return found[0] if found else None

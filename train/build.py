@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, cast
 
 import timm
@@ -13,7 +13,9 @@ from torch import nn
 
 import fastlocal
 from fastlocal.backbones import backbone
+from fastlocal.bus import host_available
 from fastlocal.kernels.dispatch import why_not_triton
+from fastlocal.planner import format_bytes, state_share
 from fastlocal.train.config import TrainConfig
 from fastlocal.train.errors import UserError, nearest
 from fastlocal.train.recipes import GEOMETRY
@@ -178,9 +180,10 @@ def build_trainer(
     """The engine with the options of ``config``.
 
     Raises:
-        UserError: an unknown optimizer; the nearest name is suggested.
+        UserError: an unknown optimizer; the nearest name is suggested. Or host memory does not hold the idle modules.
         ValueError: what the engine refuses, such as more modules than blocks.
     """
+    _check_host_memory(config, model)
     checked = cast(Any, config.memory)  # MemoryOptions knows the choices that the engine's types spell out
     return fastlocal.LocalTrainer(
         model,
@@ -198,6 +201,22 @@ def build_trainer(
         compile=(config.memory.torchcompile_mode or True) if config.memory.torchcompile else False,
         **unplanned_options(config, device),
     )
+
+
+def _check_host_memory(config: TrainConfig, model: nn.Module) -> None:
+    """Refuse, before it is filled, host memory that does not hold the optimizer states and weights of the idle modules."""
+    available = host_available()
+    if config.memory.residency == "all" or available is None:
+        return
+    weights = sum(p.nbytes for p in model.parameters())
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    needed = round(state_share(_optimizer(config)) * trained + weights / 2 * (config.memory.weights == "low"))
+    if needed > available:
+        raise UserError(
+            f"--residency {config.memory.residency} keeps {format_bytes(needed, up=True)} more on the host than the weights,"
+            f" which has {format_bytes(available)} free: close other programs, take an optimizer with less state (--opt sgd,"
+            " lion), or --residency all."
+        )
 
 
 def follow_plan(config: TrainConfig, model: nn.Module, device: torch.device) -> TrainConfig:
@@ -234,18 +253,9 @@ def planned_for(config: TrainConfig) -> dict[str, Any]:
 def unplanned_options(config: TrainConfig, device: torch.device) -> dict[str, Any]:
     """The arguments of `LocalTrainer` that a plan leaves alone."""
     learning, settings = config.learning, config.optimization
-    known = [str(name) for name in list_optimizers()]
-    if settings.opt not in known:
-        raise UserError(f"--opt {settings.opt!r} is not known to timm{nearest(settings.opt, known)}")
-
-    def optimizer(groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
-        return create_optimizer_v2(
-            groups, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum
-        )
-
     return {
         "decoder": learning.decoder,
-        "optimizer": optimizer,
+        "optimizer": _optimizer(config),
         "first_target": learning.first_target,
         "reconstruction": learning.reconstruction,
         "normalize_target": learning.normalize_target,
@@ -259,6 +269,21 @@ def unplanned_options(config: TrainConfig, device: torch.device) -> dict[str, An
         "kernels": config.memory.kernels,
         "device": device,
     }
+
+
+def _optimizer(config: TrainConfig) -> Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer]:
+    """timm's optimizer of that name."""
+    settings = config.optimization
+    known = [str(name) for name in list_optimizers()]
+    if settings.opt not in known:
+        raise UserError(f"--opt {settings.opt!r} is not known to timm{nearest(settings.opt, known)}")
+
+    def make(groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
+        return create_optimizer_v2(
+            groups, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum
+        )
+
+    return make
 
 
 def _amp_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:

@@ -17,3 +17,4 @@ from fastlocal.planner.search import DoesNotFit as DoesNotFit
 from fastlocal.planner.search import Search as Search
 from fastlocal.planner.search import plan as plan
 from fastlocal.planner.search import search as search
+from fastlocal.planner.search import state_share as state_share

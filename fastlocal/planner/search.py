@@ -236,7 +236,7 @@ def _cuts(
         options.get("lookahead", 0),
         "none",
     )
-    states = _state_share(options.get("optimizer") or adamw)
+    states = state_share(options.get("optimizer") or adamw)
     extra = sum(p.nbytes for p in copied.parameters()) if options.get("ema_decay") is not None else 0
     exact = OBJECTIVES["end-to-end"].name
     for name in dict.fromkeys((exact, "feature") if objective is None else (objective,)):
@@ -248,8 +248,8 @@ def _cuts(
             yield Cut(profile, target, modules, batch_size, states, extra, foreach)
 
 
-def _state_share(make: Callable[..., torch.optim.Optimizer]) -> float:
-    """Bytes of optimizer state per byte of weights."""
+def state_share(make: Callable[..., torch.optim.Optimizer]) -> float:
+    """Bytes of state per byte of weights of the optimizer that ``make`` makes."""
     weight = nn.Parameter(torch.empty(64, 64))
     weight.grad = torch.empty_like(weight)
     optimizer = make([{"params": [weight]}])

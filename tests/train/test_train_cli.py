@@ -50,6 +50,8 @@ def test_doctor_names_versions_and_kernels(cli: Command) -> None:
     assert told.code == 0
     assert torch.__version__.split("+")[0] in told.out
     assert timm.__version__ in told.out
+    if sys.platform == "linux":
+        assert re.search(r"^host memory +[\d.]+ GiB free$", told.out, re.MULTILINE)
     assert re.search(
         r"^kernels on cpu +window_attention, attention, reconstruction_loss: PyTorch", told.out, re.MULTILINE
     )
@@ -238,3 +240,14 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         ["bash", "-c", f"{command} | true; exit ${{PIPESTATUS[0]}}"], capture_output=True, text=True, cwd="/"
     )
     assert (shell.returncode, shell.stderr) == (0, "")
+
+
+def test_host_memory_that_cannot_hold_the_idle_modules_is_refused_before_it_is_filled(
+    cli: Command, flags: Flags, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastlocal.train.build.host_available", lambda: 2**10)
+    told = cli("train", *flags(residency="module"))
+    assert told.code == 2
+    assert "error: --residency module keeps" in told.err
+    assert "the host than the weights, which has 0.00 MiB free" in told.err.replace("\n", " ")
+    assert cli("train", *flags(epochs=1)).code == 0  # nothing is kept there with --residency all
