@@ -6,6 +6,7 @@ its own scheduler says what each kernel it would generate reads and writes.
 
 from __future__ import annotations
 
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -60,11 +61,13 @@ BLOCKS = {"Swin-T stage 1, shifted": _swin_block, "ViT-B/16": _vit_block}
 
 def block_traffic() -> list[BlockTraffic]:
     """Every block in every variant."""
-    return [
-        count_compiled(name, variant) if variant in (COMPILED, COMPILED_FUSED) else count_eager(name, variant)
-        for name in BLOCKS
-        for variant in VARIANTS
-    ]
+    counts = []
+    for name in BLOCKS:
+        for variant in VARIANTS:
+            count = count_compiled if variant in (COMPILED, COMPILED_FUSED) else count_eager
+            counts.append(count(name, variant))
+            print(f"{name}, {variant}: {_mebi(counts[-1].total)} MiB", file=sys.stderr, flush=True)
+    return counts
 
 
 def _make(name: str, variant: str) -> tuple[nn.Module, tuple[int, ...]]:

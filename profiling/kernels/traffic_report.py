@@ -9,6 +9,7 @@ are no others. The unfused ops are counted at the real batch on fake tensors.
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -76,7 +77,16 @@ def traffic_report(only: str = "") -> list[Comparison]:
     chosen = [workload for workload in workloads() if only in workload.name]
     if not chosen:
         raise ValueError(f"no workload has {only!r} in its name; there are: {', '.join(w.name for w in workloads())}.")
-    return [comparison for workload in chosen for comparison in _compare(workload)]
+    comparisons = []
+    for i, workload in enumerate(chosen, start=1):
+        print(
+            f"{i}/{len(chosen)} {workload.name}", end="", file=sys.stderr, flush=True
+        )  # the interpreter takes minutes
+        found = _compare(workload)
+        ratios = ", ".join(f"{c.direction} {c.distinct_ratio:.2f} × compulsory" for c in found)
+        print(f": {ratios}", file=sys.stderr, flush=True)
+        comparisons += found
+    return comparisons
 
 
 def _compare(workload: Workload) -> list[Comparison]:

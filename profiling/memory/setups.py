@@ -153,7 +153,9 @@ class Setup:
         """Lines of user code beyond plain training's; one of ours is a call with an argument a line."""
         if self.family != "rival":
             chosen = (self.micro_batch, self.recompute, self.residency != "all", self.boundaries == "host")
-            return 4 + sum(map(bool, (*chosen, self.weights == "low", not self.prefetch)))  # the call, modules, objective and amp_dtype
+            return 4 + sum(
+                map(bool, (*chosen, self.weights == "low", not self.prefetch))
+            )  # the call, modules, objective and amp_dtype
         accumulation = len(ACCUMULATION.strip().splitlines()) if self.micro_batch is not None else 0
         added = METHODS[self.method].lines if self.method else 0
         return added + accumulation + (len(CHECKPOINTING.splitlines()) if self.recompute else 0)

@@ -223,3 +223,21 @@ def test_part_of_the_report_replaces_that_part(
     assert [block["variant"] for block in content["blocks"]] == list(block_traffic.VARIANTS)
     assert "large, forward: 2.00 × compulsory, over the target" in capsys.readouterr().out
     assert "compiled + fused ops" in (tmp_path / "traffic/README.md").read_text()
+
+
+def test_the_report_says_as_it_goes_what_it_has_counted(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = []
+
+    def compare(workload: Workload) -> list[traffic_report.Comparison]:
+        said.append(capsys.readouterr().err)
+        count = Traffic(1, 1, 2**20)
+        return [traffic_report.Comparison(workload.op, workload.shape, "forward", 2**20, count, 5 * 2**20)]
+
+    monkeypatch.setattr(traffic_report, "_compare", compare)
+    assert len(traffic_report.traffic_report("Swin-T stage 4")) == 2
+    assert said == [
+        "1/2 window_attention, Swin-T stage 4",
+        ": forward 1.00 × compulsory\n2/2 reconstruction_loss, Swin-T stage 4",
+    ]
