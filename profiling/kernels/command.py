@@ -63,9 +63,10 @@ def _compile_report(arguments: Namespace) -> bool:
 
 
 def _floors(arguments: Namespace) -> None:
-    from fastlocal.profiling.kernels import floors
+    from fastlocal.profiling.kernels import compile_report, floors
 
-    table = floors.table(floors.floors())
+    measurements = compile_report.read_report(arguments.output / "compile" / "report.json")
+    table = floors.table(floors.with_resources(floors.floors(), measurements))
     print(table)
     folder = arguments.output / "floors"
     folder.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastlocal.profiling import results
+from fastlocal.profiling.kernels.compile_report import Measurement
 from fastlocal.profiling.kernels.workloads import OURS, Problem, Workload, workloads
 
 BATCH = 64
@@ -27,15 +28,16 @@ class Card:
     arithmetic instructions) at the boost clock."""
 
     name: str
+    architecture: str  # in the compile report
     memory_bytes: float
     products: float  # FLOP of 16-bit products summed in float32, without sparsity
     exponentials: float
 
 
 CARDS = (
-    Card("H100 SXM", 3.35e12, 989e12, 16 * 132 * 1.83e9),
-    Card("RTX 4060", 272e9, 30.2e12, 16 * 24 * 2.46e9),
-    Card("RTX 3060", 360e9, 25.5e12, 16 * 28 * 1.78e9),
+    Card("H100 SXM", "sm_90", 3.35e12, 989e12, 16 * 132 * 1.83e9),
+    Card("RTX 4060", "sm_89", 272e9, 30.2e12, 16 * 24 * 2.46e9),
+    Card("RTX 3060", "sm_86", 360e9, 25.5e12, 16 * 28 * 1.78e9),
 )
 
 
@@ -102,10 +104,43 @@ def _scores(op: str, problem: Problem) -> tuple[float, float]:
     return float(groups * filled**2), (filled / tokens) ** 2
 
 
+# What each workload runs, as the compile report names it. Between Swin's stages only the number of heads differs, a stride.
+_LOSSES = {
+    "Swin-T stage 1": "4 x 4 x 3",
+    "Swin-T stage 2": "2 x 2 x 96",
+    "Swin-T stage 3": "2 x 2 x 192",
+    "Swin-T stage 4": "2 x 2 x 384",
+    "ViT-B/16": "1 x 1 x 768",
+}
+
+
+def kernel(op: str, shape: str, direction: str) -> str:
+    """The compile report's name of the kernel that a row of `floors` is the floor of."""
+    if op == "window_attention":
+        geometry = "shift 0, 24 heads" if shape.endswith("4") else "shift 3, 3 heads"
+        return f"window_attention {direction}, window 7, {geometry} of 32, bfloat16"
+    if op == "attention":
+        name = "forward" if direction == "forward" else "d_q, d_k and d_v, N up to 256"
+        return f"attention {name}, head dimension 64, bfloat16"
+    return f"reconstruction_loss {'loss' if direction == 'forward' else 'gradient'}, mse, {_LOSSES[shape]}, bfloat16"
+
+
+def with_resources(rows: list[dict[str, Any]], measurements: list[Measurement]) -> list[dict[str, Any]]:
+    """The rows, each card's floor beside its kernel's registers, shared KiB and occupancy where they have been measured."""
+    found = {(m.case, m.architecture): m for m in measurements if m.error is None}
+    for row in rows:
+        for card in CARDS:
+            m = found.get((kernel(row["op"], row["shape"], row["direction"]), card.architecture))
+            if m is not None:
+                row[f"{card.name}, µs"] += f" · {m.registers} · {m.shared_bytes // 1024} · {m.occupancy:.0%}"
+    return rows
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as Markdown, and what the numbers are."""
     legend = (
         f"Batch {BATCH}, bfloat16. Computed, not measured: the longest of compulsory bytes, matrix products (tokens "
-        f"filled up to tiles of {TILE}) and exponentials at the cards' nominal rates; what sets it in brackets."
+        f"filled up to tiles of {TILE}) and exponentials at the cards' nominal rates; what sets it in brackets. After it "
+        "the kernel's registers, shared KiB and estimated occupancy on that card, from the compile report."
     )
     return f"{results.markdown_table(rows)}\n\n{legend}"

@@ -106,6 +106,21 @@ def test_floors_by_hand() -> None:
     assert floors.Work(1, 1, 1e9).microseconds(floors.CARDS[1])[1] == "exponentials"
 
 
+def test_floors_name_kernels_that_the_compile_report_knows() -> None:
+    from fastlocal.profiling.kernels.compile_report import Measurement, _cases
+
+    rows = floors.floors()
+    names = {floors.kernel(row["op"], row["shape"], row["direction"]) for row in rows}
+    assert names <= set(_cases())
+    measured = [
+        Measurement(name, "sm_89", "bfloat16", True, 4, 128, 0, 48 * 1024, 99 * 1024, 8, 3, 0.25, None, "")
+        for name in names
+    ]
+    for row in floors.with_resources(rows, measured):
+        assert row["RTX 4060, µs"].endswith(" · 128 · 48 · 25%")
+        assert "·" not in row["RTX 3060, µs"]
+
+
 def test_real_shapes() -> None:
     names = [workload.name for workload in workloads.workloads()]
     assert len(names) == len(set(names)) == 10
