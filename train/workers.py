@@ -6,9 +6,11 @@ import multiprocessing
 import multiprocessing.queues
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -89,8 +91,15 @@ def _next(reader: Iterator[Any]) -> Any:
                 raise
 
 
+def _tell_unless_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Of multiprocessing's thread that hands batches over: that the parent, which stops, takes none any more is no news."""
+    if not isinstance(error, OSError | EOFError):
+        sys.__excepthook__(kind, error, trace)
+
+
 def _begin_worker(_: int) -> None:
     leave_to_parent()
+    sys.excepthook = _tell_unless_left
     # A batch that cannot be handed over, as when /dev/shm is full, is dropped by default, and waited for in vain.
     # The types of the standard library leave this method out.
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda *_: os._exit(1))  # type: ignore[attr-defined]

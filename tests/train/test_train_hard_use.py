@@ -184,6 +184,12 @@ def test_a_signal_to_the_whole_group_saves(number: str, processes: Processes, pi
     assert checkpoint.load(run / "last.pt")["trainer"]["steps"] > 0
 
 
+def test_a_parent_that_takes_no_more_batches_is_no_news(capfd: pytest.CaptureFixture[str]) -> None:
+    for error in (BrokenPipeError("left"), EOFError(), ValueError("a fault")):
+        workers._tell_unless_left(type(error), error, None)
+    assert capfd.readouterr().err == "ValueError: a fault\n"
+
+
 class _NoRoom:
     def __getitem__(self, index: int) -> int:
         return index
