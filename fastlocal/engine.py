@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 import torch
 import torch.nn.functional as F
+from timm.utils import dispatch_clip_grad
 from torch import Tensor, nn
 
 from fastlocal import memory
@@ -21,6 +22,7 @@ from fastlocal.objectives import Features, Objective
 from fastlocal.residency import Residency
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+ClipMode = Literal["norm", "value", "agc"]
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -36,6 +38,7 @@ class StepOptions:
     boundaries: Home
     amp_dtype: torch.dtype | None
     clip_grad: float | None
+    clip_mode: ClipMode
     label_smoothing: float
     compile: bool | str
     loss: Loss | None = None
@@ -46,6 +49,7 @@ class StepOptions:
             check_choice("compile", self.compile, COMPILE_MODES)
         if self.micro_batch is not None and self.micro_batch < 1:
             raise ValueError(f"micro_batch must be at least 1, or None for the whole batch; got {self.micro_batch}.")
+        check_choice("clip_mode", self.clip_mode, get_args(ClipMode))
         if self.clip_grad is not None and not self.clip_grad > 0:
             raise ValueError(f"clip_grad must be positive, or None for no clipping; got {self.clip_grad}.")
 
@@ -64,6 +68,10 @@ class Engine:
         optimizers: one per module, None for a module with nothing to train.
         weights: of the regularizer and of the auxiliary cross-entropy, one of each per local module.
         normalization: mean and standard deviation [channels, 1, 1] of images with values from 0 to 255.
+        classifiers: the parameters that adaptive clipping leaves alone.
+
+    Attributes:
+        first: the first module that trains anything; those before it have neither graph nor gradients.
     """
 
     def __init__(
@@ -77,6 +85,7 @@ class Engine:
         residency: Residency,
         bus: Bus,
         options: StepOptions,
+        classifiers: Iterable[nn.Parameter] = (),
     ) -> None:
         self.modules = modules
         self.objective = objective
@@ -89,6 +98,8 @@ class Engine:
         self.boundaries = options.boundaries
         self.amp_dtype = options.amp_dtype
         self.clip_grad = options.clip_grad
+        self.clip_mode = options.clip_mode
+        self._classifiers = set(classifiers)
         self.label_smoothing = options.label_smoothing
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.amp_dtype == torch.float16)
         self._cuda_graphs = options.cuda_graphs
@@ -97,6 +108,7 @@ class Engine:
         self._regularizer_weights, self._classification_weights = weights
         self._mean, self._std = normalization
         self._unscaled = False
+        self.first = next((k for k, parameters in enumerate(trained) if parameters), len(modules) - 1)
 
     # Parts and boundaries
 
@@ -237,10 +249,13 @@ class Engine:
         if self.scaler.is_enabled():
             self.scaler.unscale_(optimizer)
             self._unscaled = True
-        if self.clip_grad is None:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in gradients if p.grad is not None])
-        else:
+        if self.clip_grad is not None and self.clip_mode == "norm":
             norm = torch.nn.utils.clip_grad_norm_(gradients, self.clip_grad)
+        else:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in gradients if p.grad is not None])
+            if self.clip_grad is not None:
+                clipped = [p for p in gradients if self.clip_mode == "value" or p not in self._classifiers]
+                dispatch_clip_grad(clipped, self.clip_grad, mode=self.clip_mode)
         record.gradient_norm[k] = norm
         if memory.is_dry_run() or bool(torch.isfinite(norm)):
             try:

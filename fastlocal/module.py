@@ -159,10 +159,15 @@ class LocalModule(nn.Module):
 def build_modules(
     backbone: Backbone, spans: Sequence[range], classes: int, objective: Objective, options: ModuleOptions
 ) -> tuple[LocalModule, ...]:
-    """The modules that ``spans`` cut ``backbone`` into, with the heads that ``objective`` needs."""
-    modules = []
+    """The modules that ``spans`` cut ``backbone`` into, with the heads that ``objective`` needs.
+
+    Frozen modules (nothing in them has ``requires_grad``) before the first that is not have none: they are only passed.
+    """
+    modules, learns = [], False
     for span, following in zip(spans, [*spans[1:], None], strict=True):
-        local = following is not None and not objective.exact
+        parts = [*(backbone.stem,) * (span.start == 0), *backbone.blocks[span.start : span.stop]]
+        learns = learns or following is None or any(p.requires_grad for part in parts for p in part.parameters())
+        local = following is not None and not objective.exact and learns
         if local and objective.measures_residual and not all(backbone.keeps_shape[i] for i in span):
             changing = next(i for i in span if not backbone.keeps_shape[i])
             raise ValueError(

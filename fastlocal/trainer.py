@@ -21,7 +21,7 @@ from fastlocal.boundary import Home
 from fastlocal.bus import Bus
 from fastlocal.checks import check_autocast, check_batch_norm, check_choice, check_fit, check_images, check_labels
 from fastlocal.decoders import Kind
-from fastlocal.engine import Engine, Loss, StepOptions, is_out_of_memory
+from fastlocal.engine import ClipMode, Engine, Loss, StepOptions, is_out_of_memory
 from fastlocal.heads import AuxiliaryHead
 from fastlocal.kernels import accelerate, dispatch, use_kernels
 from fastlocal.kernels.dispatch import CHOICES, Choice
@@ -51,7 +51,8 @@ class LocalTrainer:
         loss: (logits fp32, labels) → mean over the part, for every head instead of the cross-entropy. Labels are then what it
             takes, one entry per image, and `StepMetrics.correct` stays 0.
         optimizer: called once per module with its parameter groups (weights, and those that timm keeps free of weight
-            decay: biases, norms and the model's ``no_weight_decay()``). Default: AdamW, lr 5e-4, weight decay 0.05.
+            decay: biases, norms and the model's ``no_weight_decay()``), which have names and depths; see
+            `fastlocal.optimizers.make_optimizers`. Default: AdamW, lr 5e-4, weight decay 0.05.
         micro_batch: samples in a part. Gradients are those of the whole batch, so a model with BatchNorm, whose output
             depends on the part, is refused. None: the whole batch at once.
         recompute: ``"block"`` recomputes the inside of each block in the backward, ``"none"`` keeps it.
@@ -67,6 +68,8 @@ class LocalTrainer:
             between modules are stored in it.
         device: where to train. Default: where the model is.
         clip_grad: largest gradient norm of a module.
+        clip_mode: ``"norm"``; ``"value"``: the largest gradient of an element; ``"agc"``: adaptive clipping, the largest norm
+            of a unit's gradient as a share of that of its weights, of all but classifiers.
         label_smoothing: of the cross-entropy.
         ema_decay: keep an exponential moving average of the model, with timm's ModelEmaV3 and its warm-up, in ``ema``.
         normalize: (mean, std) per channel, for uint8 images, which are scaled to [0, 1] and normalized part by part.
@@ -109,6 +112,7 @@ class LocalTrainer:
         amp_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
         clip_grad: float | None = None,
+        clip_mode: ClipMode = "norm",
         label_smoothing: float = 0.0,
         ema_decay: float | None = None,
         normalize: tuple[Sequence[float], Sequence[float]] | None = None,
@@ -125,9 +129,11 @@ class LocalTrainer:
             check_choice("objective", objective, list(OBJECTIVES))
         check_choice("kernels", kernels, CHOICES)
         check_choice("first_target", first_target, ("image", "patch"))
-        stepping = StepOptions(micro_batch, boundaries, amp_dtype, clip_grad, label_smoothing, compile, loss)
+        stepping = StepOptions(micro_batch, boundaries, amp_dtype, clip_grad, clip_mode, label_smoothing, compile, loss)
         made_of = ModuleOptions(decoder, head, reconstruction, normalize_target, lookahead, recompute)
         staying = ResidencyOptions(residency, weights, prefetch, amp_dtype)
+        if clip_mode == "agc" and weights == "low":
+            raise ValueError("clip_mode='agc' measures the weights, and weights='low' rounds them; use weights='full'.")
         if stepping.cuda_graphs and residency == "module":
             raise ValueError(
                 f"compile={compile!r} replays CUDA graphs, whose parameters cannot move, so residency must be 'all' or"
@@ -175,7 +181,7 @@ class LocalTrainer:
         for module in self.modules:
             module.heads.to(self.device)
 
-        trained, optimizers = make_optimizers(model, self.modules, optimizer or adamw)
+        trained, optimizers = make_optimizers(self.backbone, self.modules, optimizer or adamw)
         self.optimizers: list[torch.optim.Optimizer] = [o for o in optimizers if o is not None]
         bus = Bus(self.device)
         self.residency = Residency(self.modules, optimizers, staying, bus)
@@ -189,6 +195,7 @@ class LocalTrainer:
             residency=self.residency,
             bus=bus,
             options=stepping,
+            classifiers=_classifiers(model, self.modules),
         )
         if compile:
             for module in self.modules:
@@ -389,7 +396,7 @@ class LocalTrainer:
 
     @property
     def _exits(self) -> range:
-        return range(len(self.modules) - 1 if self.objective.exact else 0, len(self.modules))
+        return range(len(self.modules) - 1 if self.objective.exact else self.engine.first, len(self.modules))
 
     @contextlib.contextmanager
     def _averaged(self) -> Iterator[None]:
@@ -426,6 +433,12 @@ def _mean_std(
             f"normalize must be (mean, std) with {channels} numbers each and every std positive, got {normalize}."
         )
     return torch.tensor(mean).view(-1, 1, 1) * 255, torch.tensor(std).view(-1, 1, 1) * 255
+
+
+def _classifiers(model: nn.Module, modules: Sequence[LocalModule]) -> list[nn.Parameter]:
+    """What timm's adaptive clipping leaves alone, the last two parameters of the model, and the auxiliary heads."""
+    heads = [module.auxiliary for module in modules if module.auxiliary is not None]
+    return [*list(model.parameters())[-2:], *(p for head in heads for p in head.parameters())]
 
 
 def _average(model: nn.Module, decay: float, device: torch.device, residency: Keep) -> ModelEmaV3:

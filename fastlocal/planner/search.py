@@ -252,7 +252,7 @@ def state_share(make: Callable[..., torch.optim.Optimizer]) -> float:
     """Bytes of state per byte of weights of the optimizer that ``make`` makes."""
     weight = nn.Parameter(torch.empty(64, 64))
     weight.grad = torch.empty_like(weight)
-    optimizer = make([{"params": [weight]}])
+    optimizer = make([{"params": [weight], "names": ["weight"], "depths": [0], "deepest": 0}])
     optimizer.step()
     held = optimizer.state[weight].values()
     return sum(value.nbytes for value in held if isinstance(value, torch.Tensor) and value.numel() > 1) / weight.nbytes

@@ -48,7 +48,6 @@ class ExactStep:
         self._labels = labels
         self._record = record
         self._last = len(engine.modules) - 1
-        self._first = next((k for k, trained in enumerate(engine.trained) if trained), self._last)
         self._updated: set[int] = set()
         self._entering = [engine.images(images)]
         self._restart()
@@ -70,7 +69,7 @@ class ExactStep:
             self._restart()
         while len(self._entering) <= self._last and self._k == self._last:
             self._forward(len(self._entering) - 1)
-        while self._k >= self._first:
+        while self._k >= self._engine.first:
             self._backpropagate(self._k)
             self._k -= 1
 
@@ -101,10 +100,10 @@ class ExactStep:
         inputs = self._entering[k].parts(parts)
         upstream = self._gradient.parts(parts) if self._gradient is not None else None
         gradient = engine.boundary(batch)
-        with engine.learning(k, k - 1 if k > self._first else None, self._record, update=k not in self._updated):
+        with engine.learning(k, k - 1 if k > engine.first else None, self._record, update=k not in self._updated):
             self._record.begin(k)
             for i, part in enumerate(parts):
-                x = engine.enter(k, next(inputs)).detach().requires_grad_(k > self._first)
+                x = engine.enter(k, next(inputs)).detach().requires_grad_(k > engine.first)
                 if upstream is None:
                     self._backpropagate_loss(x, self._labels[part])
                 else:

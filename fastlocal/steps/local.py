@@ -7,6 +7,8 @@ for module in modules:
         output[part] = h, detached
     update the module                                # its gradients and state are gone before the next module
     x = output
+
+Modules before the first that trains anything (a frozen prefix) are only run, without a graph.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class LocalStep:
         """Train every module; after an out-of-memory error, call it again to go on at the module that failed."""
         modules = self._engine.modules
         while self._k < len(modules):
-            output = self._train(self._k)
+            output = (self._train if self._k >= self._engine.first else self._pass)(self._k)
             self._k += 1
             needed = any(module.reads_image for module in modules[self._k :])
             if self._x is not self._images or not needed:
@@ -45,6 +47,16 @@ class LocalStep:
             if not needed:
                 self._images.release()
             self._x = output
+
+    def _pass(self, k: int) -> Boundary:
+        """Run module ``k``, before which and in which everything is frozen; returns what it passes on."""
+        engine, batch = self._engine, len(self._labels)
+        parts, output = engine.parts(batch), engine.boundary(batch)
+        inputs = self._x.parts(parts)
+        with engine.residency.on_device(k, engine.following(k)):
+            for part in parts:
+                output.write(part, engine.infer(k, next(inputs), classify=False)[0])
+        return output
 
     def _train(self, k: int) -> Boundary:
         """Train module ``k``; returns what it passes on (nothing, if it is the last)."""
