@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from timm.utils import ModelEmaV3
@@ -34,6 +34,7 @@ from fastlocal.residency import Keep, Residency, ResidencyOptions, Weights
 from fastlocal.steps import ExactStep, LocalStep
 
 STATE_VERSION = 1
+_Result = TypeVar("_Result")
 
 
 class LocalTrainer:
@@ -49,7 +50,7 @@ class LocalTrainer:
             (source, target, reconstruction, normalize_target).
         head: makes the auxiliary head of a local module from the geometry of what it reads and the number of classes.
         loss: (logits fp32, labels) → mean over the part, for every head instead of the cross-entropy. Labels are then what it
-            takes, one entry per image, and `StepMetrics.correct` stays 0.
+            takes, one entry per image, and `StepMetrics.correct` stays 0, unless it has a true attribute ``of_classes``.
         optimizer: called once per module with its parameter groups (weights, and those that timm keeps free of weight
             decay: biases, norms and the model's ``no_weight_decay()``), which have names and depths; see
             `fastlocal.optimizers.make_optimizers`. Default: AdamW, lr 5e-4, weight decay 0.05.
@@ -235,7 +236,7 @@ class LocalTrainer:
                 synchronization: on CPU tensors) a pixel is NaN or infinite.
         """
         check_images(images, self.backbone.image)
-        if self.loss is None:
+        if self._of_classes:
             check_labels(labels, len(images), self.classes)
         elif len(labels) != len(images):
             raise ValueError(f"labels must be {len(images)}, one for each image, got {len(labels)}.")
@@ -244,7 +245,7 @@ class LocalTrainer:
             self.model.train()
         for module in self.modules:
             module.train()
-        record = Recorder(len(images), self._exits, len(self.modules), self.device, counts=self.loss is None)
+        record = Recorder(len(images), self._exits, len(self.modules), self.device, counts=self._of_classes)
         step = None
         try:
             while True:
@@ -284,14 +285,23 @@ class LocalTrainer:
         self.model.eval()
         for module in self.modules:
             module.eval()
+
+        def run() -> Tensor:
+            with self._averaged() if ema else contextlib.nullcontext():
+                return self._predict(images, self._exits[-1:] if ema else self._exits)
+
+        return self._fitting(len(images), run)
+
+    def _fitting(self, batch: int, run: Callable[[], _Result]) -> _Result:
+        """``run`` with parts as large as there is memory for."""
         while True:
             try:
-                with use_kernels(self.kernels), self._averaged() if ema else contextlib.nullcontext():
-                    return self._predict(images, self._exits[-1:] if ema else self._exits)
+                with use_kernels(self.kernels):
+                    return run()
             except Exception as error:
-                if not is_out_of_memory(error) or (self.micro_batch or len(images)) == 1:
+                if not is_out_of_memory(error) or (self.micro_batch or batch) == 1:
                     raise
-            self._halve_parts(len(images))
+            self._halve_parts(batch)
 
     def _predict(self, images: Tensor, exits: range) -> Tensor:
         engine, batch = self.engine, len(images)
@@ -310,6 +320,50 @@ class LocalTrainer:
             if k in exits:
                 logits.append(torch.cat(classified))
         return torch.stack(logits)
+
+    def _predict_early(self, images: Tensor, confidence: float) -> tuple[Tensor, Tensor]:
+        engine, places = self.engine, torch.arange(len(images), device=self.device)
+        logits = torch.empty(len(images), self.classes, device=self.device)
+        exits = torch.zeros(len(images), dtype=torch.int64, device=self.device)
+        x = engine.images(images)
+        for k, module in enumerate(self.modules):
+            parts = engine.parts(len(places))
+            inputs, output = x.parts(parts), engine.boundary(len(places))
+            left: list[Tensor] = []
+            with self.residency.on_device(k, engine.following(k)):
+                for part in parts:
+                    h, logit = engine.infer(k, next(inputs), classify=k in self._exits)
+                    going = torch.ones(len(h), dtype=torch.bool, device=self.device)
+                    if logit is not None:
+                        going = logit.softmax(-1).amax(-1) < confidence
+                        logits[places[part]], exits[places[part]] = logit, self._exits.index(k)
+                    going &= module.head is None
+                    if going.any():
+                        start = sum(len(rows) for rows in left)
+                        left.append(places[part][going])
+                        output.write(slice(start, start + len(left[-1])), h[going])
+            x.release()
+            if not left:
+                break
+            x, places = output, torch.cat(left)
+        return logits, exits
+
+    @torch.no_grad()
+    def predict_early(self, images: Tensor, confidence: float) -> tuple[Tensor, Tensor]:
+        """Each image goes only as deep as it takes.
+
+        Args:
+            images: as for `step`.
+            confidence: an image stops at the first classifier that gives a class at least this probability.
+
+        Returns:
+            Logits [B, classes] (fp32) and the place of the classifier that gave them [B], in the order of `exit_names`.
+        """
+        check_images(images, self.backbone.image)
+        self.model.eval()
+        for module in self.modules:
+            module.eval()
+        return self._fitting(len(images), lambda: self._predict_early(images, confidence))
 
     def ema_state_dict(self) -> dict[str, Tensor] | None:
         """The state dict of the model's moving average, or None without one."""
@@ -393,6 +447,11 @@ class LocalTrainer:
     def scaler(self) -> torch.amp.GradScaler:
         """The loss scaling of float16, shared by all modules."""
         return self.engine.scaler
+
+    @property
+    def _of_classes(self) -> bool:
+        """Whether labels are classes, or probabilities of them."""
+        return self.loss is None or bool(getattr(self.loss, "of_classes", False))
 
     @property
     def _exits(self) -> range:

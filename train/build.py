@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 import timm
@@ -16,8 +16,11 @@ from fastlocal.backbones import backbone
 from fastlocal.bus import host_available
 from fastlocal.kernels.dispatch import why_not_triton
 from fastlocal.planner import format_bytes, state_share
+from fastlocal.optimizers import layer_decay
 from fastlocal.train.config import TrainConfig
-from fastlocal.train.errors import UserError, nearest
+from fastlocal.train.errors import UserError, nearest, printable
+from fastlocal.train.options.learning import LearningOptions
+from fastlocal.train.options.optimization import OptimizationOptions
 from fastlocal.train.recipes import GEOMETRY
 
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
@@ -110,6 +113,7 @@ def build_model(
             f" size, {max(patch)}; change either with --img-size or --model-kwargs patch_size=…."
         )
     backbone(model)  # refuses an unsupported architecture
+    freeze(model, config.learning)
     if not config.model.model_kwargs.keys() & GEOMETRY and config.model.img_size is None:
         _check_geometry(config.model.name, model, image_size)
     return model
@@ -175,7 +179,11 @@ def _create(name: str, classes: int, arguments: dict[str, Any]) -> nn.Module:
 
 
 def build_trainer(
-    config: TrainConfig, model: nn.Module, device: torch.device, normalize: Normalization | None
+    config: TrainConfig,
+    model: nn.Module,
+    device: torch.device,
+    normalize: Normalization | None,
+    loss: nn.Module | None = None,
 ) -> fastlocal.LocalTrainer:
     """The engine with the options of ``config``.
 
@@ -198,6 +206,7 @@ def build_trainer(
         weights=checked.weights,
         prefetch=config.memory.prefetch,
         normalize=normalize,
+        loss=loss,
         compile=(config.memory.torchcompile_mode or True) if config.memory.torchcompile else False,
         **unplanned_options(config, device),
     )
@@ -210,7 +219,7 @@ def _check_host_memory(config: TrainConfig, model: nn.Module) -> None:
         return
     weights = sum(p.nbytes for p in model.parameters())
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    needed = round(state_share(_optimizer(config)) * trained + weights / 2 * (config.memory.weights == "low"))
+    needed = round(state_share(optimizer_factory(config.optimization)) * trained + weights / 2 * (config.memory.weights == "low"))
     if needed > available:
         raise UserError(
             f"--residency {config.memory.residency} keeps {format_bytes(needed, up=True)} more on the host than the weights,"
@@ -254,8 +263,8 @@ def unplanned_options(config: TrainConfig, device: torch.device) -> dict[str, An
     """The arguments of `LocalTrainer` that a plan leaves alone."""
     learning, settings = config.learning, config.optimization
     return {
+        "optimizer": optimizer_factory(settings),
         "decoder": learning.decoder,
-        "optimizer": _optimizer(config),
         "first_target": learning.first_target,
         "reconstruction": learning.reconstruction,
         "normalize_target": learning.normalize_target,
@@ -264,6 +273,7 @@ def unplanned_options(config: TrainConfig, device: torch.device) -> dict[str, An
         "lookahead": learning.lookahead,
         "amp_dtype": _amp_dtype(config, device),
         "clip_grad": settings.clip_grad,
+        "clip_mode": settings.clip_mode,
         "label_smoothing": 0.0 if config.augmentation.mixes else settings.smoothing,  # mixup smooths its own labels
         "ema_decay": settings.model_ema_decay if settings.model_ema else None,
         "kernels": config.memory.kernels,
@@ -271,19 +281,79 @@ def unplanned_options(config: TrainConfig, device: torch.device) -> dict[str, An
     }
 
 
-def _optimizer(config: TrainConfig) -> Callable[[Iterable[dict[str, Any]]], torch.optim.Optimizer]:
-    """timm's optimizer of that name."""
-    settings = config.optimization
-    known = [str(name) for name in list_optimizers()]
-    if settings.opt not in known:
-        raise UserError(f"--opt {settings.opt!r} is not known to timm{nearest(settings.opt, known)}")
+# Optimizers of timm's that cannot work a module at a time, and why.
+NOT_BY_MODULE = {"adahessian": "it differentiates the gradients, whose graph is gone when a module is updated"}
 
-    def make(groups: Iterable[dict[str, Any]]) -> torch.optim.Optimizer:
-        return create_optimizer_v2(
-            groups, opt=settings.opt, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum
+
+def optimizer_factory(options: OptimizationOptions) -> Callable[[list[dict[str, Any]]], torch.optim.Optimizer]:
+    """What makes timm's optimizer ``options.opt`` for the parameter groups of a module.
+
+    Raises:
+        UserError: timm has no such optimizer (the nearest name is suggested), it cannot work a module at a time, lacks a
+            package or a device, or does not take an argument.
+    """
+    known = [str(name) for name in list_optimizers()]
+    if options.opt in NOT_BY_MODULE:
+        raise UserError(f"--opt {options.opt} cannot train one module at a time: {NOT_BY_MODULE[options.opt]}.")
+    if options.opt.startswith("lookahead_"):
+        raise UserError(
+            f"--opt {options.opt}: timm's Lookahead keeps weights that no checkpoint holds; name it without."
         )
+    if options.opt not in known:
+        raise UserError(f"--opt {options.opt!r} is not known to timm{nearest(options.opt, known)}")
+    given: dict[str, Any] = {"betas": options.opt_betas, "eps": options.opt_eps}
+    given = {name: value for name, value in given.items() if value is not None} | dict(options.opt_kwargs)
+
+    def make(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        if options.layer_decay is not None:
+            groups = layer_decay(groups, options.layer_decay, options.layer_decay_min_scale)
+        try:
+            return create_optimizer_v2(
+                groups,
+                opt=options.opt,
+                lr=options.lr,
+                weight_decay=options.weight_decay,
+                momentum=options.momentum,
+                **given,
+            )
+        except (TypeError, ValueError, AssertionError, ImportError) as error:  # each optimizer has its own checks
+            said = "".join(f" {name}={value}" for name, value in given.items())
+            reason = printable(str(error), 200).rstrip(".") or type(error).__name__
+            raise UserError(f"--opt {options.opt}{' with' * bool(said)}{said} cannot be made: {reason}.") from None
 
     return make
+
+
+def freeze(model: nn.Module, options: LearningOptions) -> None:
+    """Take ``requires_grad`` from what ``options`` say is not trained.
+
+    Raises:
+        UserError: a name is none of the model's; the nearest one is suggested.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if options.linear_probe:
+        classifier = cast(Any, model).pretrained_cfg.get("classifier", "head")
+        trained = [classifier] if isinstance(classifier, str) else list(classifier)
+    else:
+        trained = list(options.train)
+    for flag, prefixes in (("--freeze", options.freeze), ("--train", options.train)):
+        for prefix in prefixes:
+            if not any(_below(name, prefix) for name in names):
+                holders = {
+                    ".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 2)
+                }
+                raise UserError(
+                    f"{flag} {printable(prefix, 80)}: the model has nothing of that name{nearest(prefix, holders)}"
+                )
+    for name, parameter in model.named_parameters():
+        wanted = any(_below(name, prefix) for prefix in trained) if trained else True
+        parameter.requires_grad_(wanted and not any(_below(name, prefix) for prefix in options.freeze))
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError("--freeze names the whole model, so there is nothing to train.")
+
+
+def _below(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix.removesuffix('.')}.")
 
 
 def _amp_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:

@@ -29,6 +29,7 @@ from fastlocal.train.errors import UserError, nearest, printable, shown
 from fastlocal.train.options.files import read_file
 from fastlocal.train.options.values import SEVERAL, flag
 from fastlocal.train.signals import INTERRUPTED, end_at_once
+from fastlocal.train.timm_flags import ANSWERS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,8 +108,11 @@ def train(argv: list[str]) -> int:
         "Train a timm vision transformer one module at a time; what no flag says, the data's recipe says.",
     )
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
+    parser.add_argument("--preview", metavar="FILE", help="write augmented training images to FILE.png, and stop")
     given = options_of(parser, argv)
-    resumed = given.pop("resume", None)
+    resumed, preview = given.pop("resume", None), given.pop("preview", None)
+    if resumed is not None and preview is not None:
+        raise UserError("--preview shows what a run would be given; leave --resume out.")
     config = TrainConfig.of(**given) if resumed is None else None  # a typing error is told before the heavy imports
     if config is not None and (sentences := config.without_effect(parser.parse(argv))):
         raise UserError(sentences[0])
@@ -118,6 +122,10 @@ def train(argv: list[str]) -> int:
 
         from fastlocal.train import loop
 
+        if config is not None and preview is not None:
+            loop.preview(config, preview)
+            print(f"preview: {preview}")
+            return 0
         try:
             return (loop.resume(resumed, **given) if config is None else loop.run(config)).exit_code
         except torch.OutOfMemoryError as error:
@@ -239,10 +247,30 @@ def plan(argv: list[str]) -> int:
             "objective",
             "decoder",
             "first_target",
-            "reconstruction",
         ),
-        *("normalize_target", "lookahead", "opt", "amp", "amp_dtype", "model_ema", "kernels", "device"),
-        *("reserve", "host_memory", "mixup", "cutmix"),
+        *(
+            "reconstruction",
+            "normalize_target",
+            "lookahead",
+            "freeze",
+            "train",
+            "linear_probe",
+            "opt",
+            "opt_betas",
+            "opt_eps",
+        ),
+        *(
+            "opt_kwargs",
+            "amp",
+            "amp_dtype",
+            "model_ema",
+            "kernels",
+            "device",
+            "reserve",
+            "host_memory",
+            "mixup",
+            "cutmix",
+        ),
     ]
     _add_options(parser, only=about_plan)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
@@ -296,6 +324,8 @@ class _Parser(argparse.ArgumentParser):
         known, unknown = self.parse_known_args(argv)
         for argument in unknown:
             flag = argument.partition("=")[0]
+            if flag in ANSWERS and flag not in self._option_string_actions:
+                raise UserError(f"{self.prog} has no flag {flag} as timm's script has: {ANSWERS[flag]}.")
             if flag.startswith("-"):
                 raise UserError(f"{self.prog} has no flag {flag}{nearest(flag, self._option_string_actions)}")
         if unknown:
@@ -320,14 +350,14 @@ def _add_options(parser: _Parser, only: Sequence[str] | None = None) -> None:
             )
         else:
             several = option.metadata["parse"] in SEVERAL
-            form = "NAME=VALUE" if name == "model_kwargs" else "VALUE" if several else name.upper()
+            form = "NAME=VALUE" if name.endswith("_kwargs") else "VALUE" if several else name.upper()
             metavar = "|".join(option.metadata["choices"]) or form
             groups[group].add_argument(flag(name), nargs="+" if several else None, metavar=metavar, help=help)
 
 
 def _written(default: Any) -> str:
     """A default as one would type it."""
-    if default is MISSING or default == "":
+    if default in (MISSING, "", ()):
         return "none"
     if default is True:
         return "on"

@@ -74,8 +74,13 @@ class TrainConfig:
             decided = decided or kwargs.keys() & GEOMETRY
             fitting = {} if decided else fitting_geometry(data, str(given["model"]))
         given_to = _grouped({**recipe, **given, "model_kwargs": {**fitting, **kwargs}})
+        if given.get("lr_base") is not None:
+            given_to["optimization"].pop("lr", None)  # a recipe's
         groups: dict[str, Any] = {group: GROUPS[group](**values) for group, values in given_to.items()}
-        return cls(**groups)
+        config = cls(**groups)
+        if given.get("lr_base") is not None and given.get("lr") not in (None, config.optimization.lr):
+            raise UserError("--lr and --lr-base exclude each other: both say what the learning rate is.")
+        return config
 
     def changed(self, **options: Any) -> TrainConfig:
         """A configuration with other values for ``options``, which are named as flags are.
@@ -104,12 +109,20 @@ class TrainConfig:
             "val_split": (self.data.name not in ARRAYS, f"--data {self.data.name} has images to validate on", None),
             "skip_broken": (self.data.name not in ARRAYS, f"--data {self.data.name} has no files that could be", None),
             "model_ema_decay": (self.optimization.model_ema, "it needs --model-ema", None),
+            "layer_decay_min_scale": (bool(self.optimization.layer_decay), "it needs --layer-decay", None),
+            "lr_base_size": (bool(self.optimization.lr_base), "it needs --lr-base", None),
+            "lr_base_scale": (bool(self.optimization.lr_base), "it needs --lr-base", None),
+            "clip_mode": (bool(self.optimization.clip_grad), "it needs --clip-grad", None),
+            "bce_sum": (self.optimization.bce_loss, "it needs --bce-loss", None),
+            "bce_target_thresh": (self.optimization.bce_loss, "it needs --bce-loss", None),
             "remode": (self.augmentation.reprob > 0, "it needs --reprob", None),
             "decay_epochs": (self.optimization.sched == "step", "it is for --sched step", None),
             "decay_rate": (self.optimization.sched in ("step", "poly"), "it is for --sched step or poly", None),
             "min_lr": (self.optimization.sched in ("cosine", "poly"), "it is for --sched cosine or poly", None),
             "amp_dtype": (self.memory.amp, "it needs --amp", None),
         }
+        for name in ("mixup_prob", "mixup_switch_prob", "mixup_mode", "mixup_off_epoch"):
+            needs[name] = (self.augmentation.mixes, "it needs --mixup or --cutmix", None)
         for name in ("modules", "micro_batch", "recompute", "residency"):
             needs[name] = (self.memory.budget is None, "--memory has the planner set it", None)
         sentences = []

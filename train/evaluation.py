@@ -65,6 +65,8 @@ class Saved:
         path: the file or folder that it came from.
         exits: names of its classifiers; the last is the model itself, or its moving average if the run keeps one.
         infer: from uint8 images [B, C, H, W] to logits [exits, B, classes] on the CPU.
+        infer_early: from the same and a confidence to the logits [B, classes] of the first exit that is so sure, and those
+            exits [B], from 0.
     """
 
     path: Path
@@ -73,6 +75,7 @@ class Saved:
     classes: tuple[str, ...]
     exits: tuple[str, ...]
     infer: Callable[[Tensor], Tensor]
+    infer_early: Callable[[Tensor, float], tuple[Tensor, Tensor]]
 
 
 def open_saved(path: str | Path, **changes: Any) -> Saved:
@@ -109,8 +112,12 @@ def open_saved(path: str | Path, **changes: Any) -> Saved:
         ]
         return torch.cat(logits).cpu()
 
+    def infer_early(images: Tensor, confidence: float) -> tuple[Tensor, Tensor]:
+        logits, places = trainer.predict_early(images.to(device, non_blocking=True), confidence)
+        return logits.cpu(), places.cpu()
+
     exits = (*trainer.exit_names, *(["moving average"] if config.optimization.model_ema else []))
-    return Saved(path, config, settings, classes, exits, infer)
+    return Saved(path, config, settings, classes, exits, infer, infer_early)
 
 
 def _open_plain(path: Path, changes: Mapping[str, Any]) -> Saved:
@@ -124,7 +131,10 @@ def _open_plain(path: Path, changes: Mapping[str, Any]) -> Saved:
     def infer(images: Tensor) -> Tensor:
         return model((images.to(device).float() - mean) / std).float().cpu()[None]
 
-    return Saved(path, config, settings, classes, ("model",), infer)
+    def infer_early(images: Tensor, _: float) -> tuple[Tensor, Tensor]:
+        return infer(images)[0], torch.zeros(len(images), dtype=torch.int64)
+
+    return Saved(path, config, settings, classes, ("model",), infer, infer_early)
 
 
 def evaluate_saved(path: str | Path, report: str | Path | None = None, **changes: Any) -> dict[str, Any]:

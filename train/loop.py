@@ -40,13 +40,17 @@ from fastlocal.train.build import (
     pretrained_configuration,
 )
 from fastlocal.train.config import TrainConfig, to_yaml
+from fastlocal.train.curves import DRAWN, Curves
 from fastlocal.train.data import differences, read, training_indices
 from fastlocal.train.errors import UserError
 from fastlocal.train.evaluation import Measured, validate
 from fastlocal.train.export import local_dir_configuration
+from fastlocal.train.logs import check_log
+from fastlocal.train.losses import training_loss
 from fastlocal.train.options.values import flag
 from fastlocal.train.report import Report, peak_memory
 from fastlocal.train.run_folder import RunFolder, SaveError, default_name
+from fastlocal.train.sheet import contact_sheet
 from fastlocal.train.signals import StopRequest
 from fastlocal.train.start import fitted, read_start
 
@@ -114,6 +118,39 @@ def run(config: TrainConfig) -> Summary:
     return _Run(config).train()
 
 
+PREVIEWED = 36  # training images of a preview
+
+
+def preview(config: TrainConfig, file: str | Path) -> None:
+    """Write a contact sheet of training images, augmented as in the first epoch, to ``file``; nothing is trained.
+
+    Raises:
+        UserError: a mistake in ``config``, or the file cannot be written.
+    """
+    start = read_start(config.model.initial_checkpoint) if config.model.initial_checkpoint else None
+    data = read(config, {**pretrained_configuration(config.model.name), **(start.preprocessing if start else {})})
+    random.seed(config.optimization.seed)
+    np.random.seed(config.optimization.seed % 2**32)
+    order = training_indices(len(data.training), min(PREVIEWED, len(data.training)), config.optimization.seed, 0)[:1]
+    with contextlib.closing(data.training.batches(order, 0)) as batches:
+        images, labels = next(batches)
+    captions = [data.classes[label] for label in labels.tolist()]
+    mixup = _mixup(config, len(data.classes))
+    if mixup is not None:
+        images, soft = mix_batch(mixup, images, labels)
+        pairs = zip(*soft.topk(2), strict=True)
+        captions = [
+            " + ".join(
+                f"{data.classes[i]} {share:.2f}" for share, i in zip(shares.tolist(), places.tolist(), strict=True)
+            )
+            for shares, places in pairs
+        ]
+    try:
+        contact_sheet(list(images), captions).save(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--preview {file} cannot be written: {error}.") from None
+
+
 def resume(folder: str | Path, **changes: Any) -> Summary:
     """Go on with the run in ``folder``; on a CPU it ends bit for bit where it would have without the break.
 
@@ -163,6 +200,7 @@ class _Run:
     def __init__(
         self, config: TrainConfig, folder: RunFolder | None = None, saved: dict[str, Any] | None = None
     ) -> None:
+        check_log(config.reports.log)
         self.config, self.device, self.progress = config, build_device(config), Progress()
         start = (
             read_start(config.model.initial_checkpoint) if config.model.initial_checkpoint and saved is None else None
@@ -185,10 +223,12 @@ class _Run:
             self.model = build_model(*about, weights=weights)
         if config.memory.budget is not None and saved is None:
             self.config = config = follow_plan(config, self.model, self.device)
-        self.trainer = build_trainer(config, self.model, self.device, self.preprocessing.normalize)
+        loss = training_loss(config, len(self.classes), self.training.labels)
+        self.trainer = build_trainer(config, self.model, self.device, self.preprocessing.normalize, loss)
         self.mixup = _mixup(config, len(self.classes))
         self.schedules = _schedules(config, self.trainer, self.steps)
         self.fingerprint = self.data.fingerprint()
+        self.curves = Curves(f"{config.model.name}, {config.learning.objective}, {config.data.name}")
         self.between_steps = True
         self.lost_rows: list[int] = []  # epochs
 
@@ -292,6 +332,7 @@ class _Run:
                 while progress.epoch < config.optimization.epochs:
                     measured = self._validate(report, stop) if self._train_epoch(report, stop) else None
                     if measured is None:
+                        self._draw_curves()
                         self.folder.commit(self._state())
                         report.say(f"stopped; go on with: {resume}")
                         break
@@ -346,11 +387,13 @@ class _Run:
         images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
         self.between_steps, targets = False, labels
         if self.mixup is not None:
+            off = self.config.augmentation.mixup_off_epoch
+            self.mixup.mixup_enabled = not off or progress.epoch < off
             images, targets = mix_batch(self.mixup, images, labels)
         step = progress.epoch * self.steps + progress.position
         metrics = self.trainer.step(images, targets, exact=self.config.is_exact(progress.epoch, step))
         progress.position += 1
-        progress.lr = self.trainer.optimizers[-1].param_groups[0]["lr"]
+        progress.lr = max(group["lr"] for group in self.trainer.optimizers[-1].param_groups)
         for schedule in self.schedules:
             schedule.step_update(progress.epoch * self.steps + progress.position)
         progress.add(
@@ -428,6 +471,8 @@ class _Run:
             row["ema_validation_loss"], row["ema_validation_accuracy"] = measured[1].loss[-1], measured[1].accuracy[-1]
         exported = measured[-1].accuracy[-1]
         self.folder.add_row(row)
+        if self.curves.due or progress.epoch + 1 == self.config.optimization.epochs:
+            self._draw_curves()
         report.epoch(row)
         progress.accuracy = measured[0].accuracy
         progress.next_epoch()
@@ -437,6 +482,11 @@ class _Run:
         self.folder.commit(state)
         if progress.best_epoch == progress.epoch:
             self._write_best(state)
+
+    def _draw_curves(self) -> None:
+        rows = [row for row in self.folder.rows() if row.keys() >= DRAWN]
+        if self.curves.possible and rows:
+            self.folder.write("curves.png", lambda file: self.curves.draw(rows, file))
 
     def _write_best(self, saved: dict[str, Any]) -> None:
         self.folder.write("best.pt", lambda file: checkpoints.write(saved, file))
@@ -463,7 +513,9 @@ class _Run:
             yield f"         {note}"
         if config.data.name == "synthetic":
             yield "         random images: only the throughput and the memory mean anything"
-        yield f"model    {config.model.name}, {parameters / 1e6:.2f} M parameters"
+        trained = sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        share = f", {trained / 1e6:.3g} M of them trained" if trained < parameters else ""
+        yield f"model    {config.model.name}, {parameters / 1e6:.2f} M parameters{share}"
         if self.started is not None:
             yield f"start    {self.started}"
         decoder = (
@@ -474,15 +526,21 @@ class _Run:
             optimization = config.optimization
             yield f"schedule {optimization.sched}, now to the end of epoch {optimization.epochs}, before {self.stretched}"
         yield f"device   {self.device}"
-        yield f"run      {self.folder.path}"
+        without = "" if self.curves.possible else " (pip install matplotlib for its curves.png)"
+        yield f"run      {self.folder.path}{without}"
 
 
 def _mixup(config: TrainConfig, classes: int) -> Mixup | None:
-    if not (config.augmentation.mixup or config.augmentation.cutmix):
+    options = config.augmentation
+    if not options.mixes:
         return None
     return Mixup(
-        mixup_alpha=config.augmentation.mixup,
-        cutmix_alpha=config.augmentation.cutmix,
+        mixup_alpha=options.mixup,
+        cutmix_alpha=options.cutmix,
+        cutmix_minmax=cast(Any, options.cutmix_minmax),  # two numbers, or None
+        prob=options.mixup_prob,
+        switch_prob=options.mixup_switch_prob,
+        mode=options.mixup_mode,
         label_smoothing=config.optimization.smoothing,
         num_classes=classes,
     )

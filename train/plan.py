@@ -99,7 +99,8 @@ _PASSED_ON = (
         "opt",
         "amp",
     ),
-    *("amp_dtype", "model_ema", "kernels", "device", "mixup", "cutmix"),
+    *("amp_dtype", "model_ema", "kernels", "device", "mixup", "cutmix", "freeze", "train", "linear_probe"),
+    *("opt_betas", "opt_eps", "opt_kwargs"),
 )
 
 
@@ -111,7 +112,7 @@ def command(plan: Plan, config: TrainConfig) -> str:
         given = value != entry.default and value != {}
         if option not in _PASSED_ON or (not given and option != "model"):
             continue
-        if option == "model_kwargs":
+        if option.endswith("_kwargs"):
             words.append(" ".join([flag(option), *(shlex.quote(f"{name}={value}") for name, value in value.items())]))
         else:
             words.append(flag(option) if value is True else f"{flag(option)} {shlex.quote(_text(value))}")

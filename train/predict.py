@@ -22,12 +22,13 @@ CONFIDENCE = 0.9  # probability at which ``exit="auto"`` goes no deeper
 
 @dataclass(frozen=True)
 class Prediction:
-    """Labels, the likeliest first, with probabilities; ``exit`` is the classifier that answered, counted from 1."""
+    """Labels, the likeliest first, with probabilities; ``exit`` of ``exits`` classifiers, from 1, answered."""
 
     path: Path
     labels: tuple[str, ...]
     probabilities: tuple[float, ...]
     exit: int
+    exits: int
 
 
 def predict(
@@ -81,13 +82,12 @@ def _read(saved: Saved, paths: Sequence[Path]) -> Tensor:
 
 def _chosen(saved: Saved, images: Tensor, exit: int | str | None) -> tuple[Tensor, Tensor]:
     """Probabilities [B, classes] and the exits [B] that gave them."""
+    if exit == "auto":
+        logits, places = saved.infer_early(images, CONFIDENCE)
+        return logits.softmax(-1), places + 1
     probabilities, names = saved.infer(images).softmax(-1), _early(saved)
     if exit is None:
         places = torch.full((len(images),), len(probabilities) - 1)
-    elif exit == "auto":
-        sure = probabilities[: len(names)].amax(-1) >= CONFIDENCE
-        sure[-1] = True
-        places = sure.int().argmax(0)
     else:
         places = torch.full((len(images),), int(exit) - 1)
     return probabilities[places, torch.arange(len(images))], places.clamp(max=len(names) - 1) + 1
@@ -101,7 +101,7 @@ def _early(saved: Saved) -> list[str]:
 def _answers(saved: Saved, paths: Sequence[Path], chosen: tuple[Tensor, Tensor], top_k: int) -> Iterator[Prediction]:
     values, places = chosen[0].topk(top_k)
     for path, row, indices, exit in zip(paths, values.tolist(), places.tolist(), chosen[1].tolist(), strict=True):
-        yield Prediction(path, tuple(saved.classes[i] for i in indices), tuple(row), exit)
+        yield Prediction(path, tuple(saved.classes[i] for i in indices), tuple(row), exit, len(_early(saved)))
 
 
 def show(predictions: Iterator[Prediction], depth: bool, table: str | None) -> None:
@@ -115,7 +115,7 @@ def show(predictions: Iterator[Prediction], depth: bool, table: str | None) -> N
         flat: list[Any] = [value for label, share in pairs for value in (label, f"{share:.6f}")]
         rows.append([str(prediction.path), prediction.exit, *flat])
     if depth:
-        print(f"average depth: exit {sum(exits) / len(exits):.2f}")
+        print(f"average depth: exit {sum(exits) / len(exits):.2f} of {prediction.exits}")
     if table is not None:
         _write(rows, table)
 

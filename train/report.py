@@ -13,7 +13,8 @@ from typing import IO, Any, cast
 import torch
 
 from fastlocal.train.config import TrainConfig
-from fastlocal.train.errors import UserError, printable
+from fastlocal.train.errors import printable
+from fastlocal.train.logs import Log, flat, open_log
 
 
 def peak_memory(device: torch.device) -> int | None:
@@ -76,24 +77,17 @@ class Report:
     """Reports of one run; use as a context manager.
 
     Args:
-        folder: where TensorBoard's events go.
+        folder: the run's, whose name other people's logs have.
         steps: training steps per epoch.
         exits: names of the classifiers, in the order of the losses.
         epoch: epochs that were completed before.
-
-    Raises:
-        UserError: ``log="tensorboard"`` and TensorBoard is not installed.
     """
 
     def __init__(self, config: TrainConfig, folder: Path, steps: int, exits: Sequence[str], epoch: int) -> None:
         self.config, self.steps, self.exits, self._voice = config, steps, exits, Voice()
-        self._tensorboard = self._progress = None
-        if config.reports.log == "tensorboard":
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise UserError("--log tensorboard needs TensorBoard: pip install tensorboard.") from None
-            self._tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=epoch + 1)
+        self._progress = None
+        self._log: Log | None = None
+        self._to_log(lambda _: setattr(self, "_log", open_log(config, folder, epoch)))
         if self._voice.isatty():
             from rich import console, progress
 
@@ -117,7 +111,7 @@ class Report:
     def __exit__(self, *_: object) -> None:
         if self._progress is not None:
             self._progress.stop()
-        self._log(lambda writer: writer.close())
+        self._to_log(lambda log: log.close() if log is not None else None)
 
     def say(self, text: str) -> None:
         """One line of text."""
@@ -155,7 +149,7 @@ class Report:
 
     def epoch(self, row: Mapping[str, Any]) -> None:
         """After an epoch: its row of ``metrics.jsonl``, in lines that break between values only."""
-        self._log(lambda writer: _add_scalars(writer, row))
+        self._to_log(lambda log: log.write(flat(row), row["epoch"]) if log is not None else None)
         memory, average = row["peak_memory_bytes"], row.get("ema_validation_accuracy")
         losses = [f"{loss:.3f}" for loss in row["loss"]]
         accuracies = [f"{100 * share:.1f} %" for share in row["validation_accuracy"]]
@@ -170,23 +164,13 @@ class Report:
             first, *rest = by_module(row["exits"], values)
             self._say_all([f"    {name:13s}{first}", *rest], indent=17)
 
-    def _log(self, action: Callable[[Any], object]) -> None:
-        """Do something with TensorBoard's writer, if there is one; its failures end the log and not the run."""
-        if self._tensorboard is not None:
-            try:
-                action(self._tensorboard)
-            except Exception as error:  # its thread hands on whatever it ran into
-                self._tensorboard = None
-                self.say(f"TensorBoard's log ends here: {error}")
-
-
-def _add_scalars(writer: Any, row: Mapping[str, Any]) -> None:
-    for name, value in row.items():
-        if isinstance(value, int | float):
-            writer.add_scalar(name, value, row["epoch"])
-        elif isinstance(value, list) and name != "exits":
-            for module, entry in enumerate(value, start=1):
-                writer.add_scalar(f"{name}/{module}", entry, row["epoch"])
+    def _to_log(self, action: Callable[[Log | None], object]) -> None:
+        """Do something with another log, if there is one; its failures end the log and not the run."""
+        try:
+            action(self._log)
+        except Exception as error:  # services and threads hand on whatever they ran into
+            self._log = None
+            self.say(f"--log {self.config.reports.log} ends here: {error}")
 
 
 def by_module(exits: Sequence[str], values: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@
 ``model.safetensors`` its weights as timm loads them (``local-dir:RUN``), likewise
 ``config.json``      what timm reads beside them: architecture, label names, mean, std, crop
 ``metrics.jsonl``    one row per epoch, written before ``last.pt``; rows that it does not count yet are written again
+``curves.png``       a plot of those rows, redrawn as training goes on
 ``config.yaml``      the options
 ==================== ==================================================================================================
 """

@@ -42,7 +42,19 @@ class AugmentationOptions(Options):
     mixup: float = option(0.0, "mixup alpha; 0: off", values.number, at_least=0, at_most=1000)
     cutmix: float = option(0.0, "cutmix alpha; 0: off", values.number, at_least=0, at_most=1000)
 
+    cutmix_minmax: tuple[float, float] | None = option(
+        None, "cutmix: smallest and largest share of the side that is cut, in place of its alpha", values.span
+    )
+    mixup_prob: float = option(
+        1.0, "share of the batches that mixup or cutmix is done to", values.number, at_least=0, at_most=1
+    )
+    mixup_switch_prob: float = option(
+        0.5, "where both are on: how often it is cutmix", values.number, at_least=0, at_most=1
+    )
+    mixup_mode: str = option("batch", "one mixture per batch, pair or element", choices=("batch", "pair", "elem"))
+    mixup_off_epoch: int = option(0, "epoch from which nothing is mixed; 0: never", values.whole, at_least=0)
+
     @property
     def mixes(self) -> bool:
         """Whether images are mixed with each other, and their labels with them."""
-        return bool(self.mixup or self.cutmix)
+        return bool(self.mixup or self.cutmix or self.cutmix_minmax)

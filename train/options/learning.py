@@ -18,7 +18,7 @@ class LearningOptions(Options):
 
     modules: int | str | tuple[int, ...] = option(
         4,
-        "modules trained one at a time: a values.number, 'stages', or cut points (first blocks of modules 2, 3, …)",
+        "modules trained one at a time: a number, 'stages', or cut points (first blocks of modules 2, 3, …)",
         values.modules,
     )
     objective: str = option("feature", "what a module learns from", choices=OBJECTIVES)
@@ -40,6 +40,11 @@ class LearningOptions(Options):
         None, "weight of the auxiliary cross-entropy, likewise", values.weights, at_least=0
     )
     lookahead: int = option(0, "blocks of the next module that an auxiliary head reads", values.whole, at_least=0)
+    freeze: tuple[str, ...] = option(
+        (), "what is not trained: names of parameters or of what holds them, such as patch_embed blocks.0", values.names
+    )
+    train: tuple[str, ...] = option((), "what is trained, and nothing else, likewise", values.names)
+    linear_probe: bool = option(False, "train the classifier only", values.switch)
     exact_epochs: int = option(
         0, "train the last so many epochs with exact gradients, as 'end-to-end' does", values.whole, at_least=0
     )
@@ -51,6 +56,9 @@ class LearningOptions(Options):
             raise UserError(
                 "--exact-epochs and --exact-every are for local objectives; end-to-end is exact throughout."
             )
+
+        if sum((bool(self.freeze), bool(self.train), self.linear_probe)) > 1:
+            raise UserError("--freeze, --train and --linear-probe exclude each other: each says what is trained.")
 
     @property
     def exact_steps(self) -> bool:

@@ -20,9 +20,7 @@ class ModelOptions(Options):
         default_factory=dict,
         metadata=values.about("arguments of timm.create_model, such as img_size=32 depths=2,2,2,2", values.keywords),
     )
-    pretrained: bool = option(
-        False, "start from timm's pretrained values.weights, with their normalization", values.switch
-    )
+    pretrained: bool = option(False, "start from timm's pretrained weights, with their normalization", values.switch)
     initial_checkpoint: str | None = option(
         None, "start from these weights: a file, a run, local-dir:FOLDER, hf-hub:NAME"
     )

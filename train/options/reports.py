@@ -26,4 +26,4 @@ class ReportOptions(Options):
     log_interval: int = option(
         50, "steps between lines inside an epoch, when not on a terminal", values.whole, at_least=1
     )
-    log: str = option("none", "extra log beside metrics.jsonl", choices=("none", "tensorboard"))
+    log: str = option("none", "extra log beside metrics.jsonl", choices=("none", "tensorboard", "wandb", "trackio"))

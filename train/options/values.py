@@ -108,6 +108,42 @@ def weights(value: Any) -> float | tuple[float, ...]:
     return number(value)
 
 
+def names(value: Any) -> tuple[str, ...]:
+    """``"stem,blocks.0"``, or a list."""
+    parts = value.split(",") if isinstance(value, str) else value
+    if not isinstance(parts, list | tuple):
+        raise ValueError
+    return tuple(text(part) for entry in parts for part in str(entry).split(",") if part)
+
+
+def class_weights(value: Any) -> str | tuple[float, ...]:
+    """``"balanced"``, or one number per class."""
+    if value == "balanced" or (isinstance(value, list | tuple) and tuple(value) == ("balanced",)):
+        return "balanced"
+    return numbers(value)
+
+
+def _pairs(value: Any) -> dict[str, Any]:
+    """A mapping, or flag texts such as ``["img_size=32", "depths=2,2,2,2"]``."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    pairs = [entry.partition("=") for entry in value]
+    if not all(name.isidentifier() and text for name, _, text in pairs):
+        raise ValueError
+    return {name: _literal(text) for name, _, text in pairs}
+
+
+def optimizer_arguments(value: Any) -> dict[str, Any]:
+    """Of any optimizer; what has a flag of its own is not among them."""
+    own = {"lr": "--lr", "weight_decay": "--weight-decay", "momentum": "--momentum", "params": "--freeze"}
+    own |= {"betas": "--opt-betas", "eps": "--opt-eps"}
+    found = _pairs(value)
+    for name in found:
+        if name in own:
+            raise UserError(f"--opt-kwargs: {name} is what {own[name]} is for.")
+    return {text(name): _plain_argument(entry) for name, entry in found.items()}
+
+
 # What of timm's models may be asked for by a flag, a file or a checkpoint: their shape. Of what else create_model takes,
 # some is opened (checkpoint_path), fetched (pretrained_cfg) or called.
 MODEL_ARGUMENTS = (
@@ -130,23 +166,19 @@ LARGEST_MODEL_ARGUMENT = 2**20  # a larger width, depth or image than anyone has
 
 
 def keywords(value: Any) -> dict[str, Any]:
-    """A mapping, or flag texts such as ``["img_size=32", "depths=2,2,2,2"]``."""
-    if not isinstance(value, Mapping):
-        pairs = [text.partition("=") for text in value]
-        if not all(name.isidentifier() and text for name, _, text in pairs):
-            raise ValueError
-        value = {name: _literal(text) for name, _, text in pairs}
-    for name in value:
+    """Arguments of a timm model's shape."""
+    given = _pairs(value)
+    for name in given:
         if name not in MODEL_ARGUMENTS:
             raise UserError(
                 f"--model-kwargs: {shown(name)} is no argument of a model's shape{nearest(str(name), MODEL_ARGUMENTS)}"
             )
-    return {name: _model_argument(entry) for name, entry in value.items()}
+    return {name: _plain_argument(entry) for name, entry in given.items()}
 
 
-def _model_argument(value: Any, nested: int = 0) -> Any:
+def _plain_argument(value: Any, nested: int = 0) -> Any:
     if isinstance(value, list | tuple) and len(value) <= 1000 and nested < 2:
-        return tuple(_model_argument(entry, nested + 1) for entry in value)
+        return tuple(_plain_argument(entry, nested + 1) for entry in value)
     if isinstance(value, str):
         return text(value)
     if value is not None and not isinstance(value, bool) and abs(number(value)) > LARGEST_MODEL_ARGUMENT:
@@ -170,7 +202,15 @@ def _literal(text: str) -> Any:
     return inside.strip("'\"")
 
 
-SEVERAL = (numbers, span, size, keywords)  # readers of options that take several values, separated by spaces or commas
+SEVERAL = (
+    numbers,
+    span,
+    size,
+    keywords,
+    names,
+    class_weights,
+    optimizer_arguments,
+)  # readers of options that take several values, separated by spaces or commas
 _ACCEPTED = {
     whole: "a whole number",
     number: "a finite number",
@@ -182,6 +222,9 @@ _ACCEPTED = {
     size: f"one number of pixels, or height and width, up to {LARGEST_SIDE}, such as 224 or 192 256",
     amount: "an amount of memory such as 4GiB",
     modules: "a number of modules, 'stages', or cut points such as 2,4,6",
+    names: f"names without control characters of at most {LONGEST_TEXT} characters, such as patch_embed blocks.0",
+    class_weights: "'balanced' or finite numbers, one per class",
+    optimizer_arguments: f"name=value pairs such as nesterov=true, numbers up to {LARGEST_MODEL_ARGUMENT}",
     weights: "a finite number, or one per module such as 0.2,0.5,1",
     keywords: f"name=value pairs such as img_size=32 depths=2,2,2,2, numbers up to {LARGEST_MODEL_ARGUMENT}",
 }
@@ -261,7 +304,7 @@ def checked(entry: Field[Any], value: Any) -> Any:
     )
     for key, words, holds in limits:
         for amount in parsed if isinstance(parsed, tuple) else (parsed,):
-            if rules[key] is not None and not holds(amount, rules[key]):
+            if rules[key] is not None and not isinstance(amount, str) and not holds(amount, rules[key]):
                 raise UserError(f"{name} must be {words} {rules[key]}, got {parsed}.")
     return parsed
 
