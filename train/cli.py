@@ -28,6 +28,7 @@ from fastlocal.train.config import GROUPS, OPTIONS, TrainConfig
 from fastlocal.train.errors import UserError, nearest, printable, shown
 from fastlocal.train.options.files import read_file
 from fastlocal.train.options.values import SEVERAL, flag
+from fastlocal.train.recipes import NAMED
 from fastlocal.train.signals import INTERRUPTED, end_at_once
 from fastlocal.train.timm_flags import ANSWERS
 
@@ -109,7 +110,13 @@ def train(argv: list[str]) -> int:
     )
     parser.add_argument("--resume", metavar="RUN", help="go on with the run in this folder")
     parser.add_argument("--preview", metavar="FILE", help="write augmented training images to FILE.png, and stop")
+    parser.add_argument(
+        "--recipe", metavar="|".join(NAMED), help="start from these options; flags and --config override them"
+    )
     given = options_of(parser, argv)
+    recipe = given.pop("recipe", None)
+    if recipe is not None:
+        given = {**_recipe(recipe, given), **given}
     resumed, preview = given.pop("resume", None), given.pop("preview", None)
     if resumed is not None and preview is not None:
         raise UserError("--preview shows what a run would be given; leave --resume out.")
@@ -131,6 +138,22 @@ def train(argv: list[str]) -> int:
         except torch.OutOfMemoryError as error:
             first = str(error).partition(". ")[0]
             raise UserError(f"{first}: try a smaller --micro-batch, --recompute block or --residency module.") from None
+
+
+def _recipe(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The options of the recipe ``name`` that ``given`` leaves room for: who says one thing takes back its alternatives."""
+    if name not in NAMED:
+        raise UserError(f"--recipe {printable(name, 80)} is not one of {', '.join(NAMED)}{nearest(name, NAMED)}")
+    if "resume" in given:
+        raise UserError("--recipe is for new runs; leave it out with --resume.")
+    recipe = NAMED[name]()
+    for said, alternatives in (
+        ("lr", ("lr_base", "lr_base_size", "lr_base_scale")),
+        ("initial_checkpoint", ("pretrained",)),
+    ):
+        if said in given:
+            recipe = {option: value for option, value in recipe.items() if option not in alternatives}
+    return recipe
 
 
 def evaluate(argv: list[str]) -> int:

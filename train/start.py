@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file
-from timm.models import load_state_dict_from_hf
+from timm.models import load_model_config_from_hf, load_state_dict_from_hf
 from torch import Tensor, nn
 
 from fastlocal.train.errors import UserError, printable
@@ -44,7 +44,9 @@ def read_start(place: str) -> StartingPoint:
     """
     try:
         if place.startswith("hf-hub:"):
-            return StartingPoint(dict(load_state_dict_from_hf(place.removeprefix("hf-hub:"))), place)
+            name = place.removeprefix("hf-hub:")
+            said, weights = load_model_config_from_hf(name)[0], dict(load_state_dict_from_hf(name))
+            return StartingPoint(weights, place, tuple(map(str, said.get("label_names") or ())), _preprocessing(said))
         path, about = Path(place.removeprefix("local-dir:")), {}
         if path.is_dir():
             about = json.loads((path / "config.json").read_text(encoding="utf-8"))
@@ -64,9 +66,14 @@ def read_start(place: str) -> StartingPoint:
     labels = tuple(
         map(str, about.get("label_names") or (tree.get("classes") if isinstance(tree, dict) else None) or ())
     )
+    return StartingPoint(
+        weights, " ".join([path.name, *taken]), labels, _preprocessing(about.get("pretrained_cfg", {}))
+    )
+
+
+def _preprocessing(said: Mapping[str, Any]) -> dict[str, Any]:
     kept = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
-    known = {name: v for name, v in about.get("pretrained_cfg", {}).items() if name in kept}
-    return StartingPoint(weights, " ".join([path.name, *taken]), labels, known)
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in said.items() if name in kept}
 
 
 def _unwrapped(tree: Any) -> tuple[dict[str, Tensor], list[str]]:

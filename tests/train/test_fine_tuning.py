@@ -17,6 +17,7 @@ from fastlocal.train.config import OPTIONS, TrainConfig
 from fastlocal.train.errors import UserError
 from fastlocal.train.loop import _mixup
 from fastlocal.train.losses import training_loss
+from fastlocal.train.recipes import NAMED
 from fastlocal.train.timm_flags import ANSWERS
 
 CPU = torch.device("cpu")
@@ -177,3 +178,44 @@ def test_mixup_is_timms() -> None:
     assert TrainConfig.of(data="synthetic", mixup_prob=0.5).without_effect(["mixup_prob"]) == [
         "--mixup-prob 0.5 would do nothing: it needs --mixup or --cutmix."
     ]
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_recipes_train(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the smallest model of the family; every recipe says what came of it, how long it takes and how it is called."""
+    documentation = NAMED[name].__doc__ or ""
+    assert "Result" in documentation
+    assert "ime:" in documentation
+    assert f"fastlocal train --recipe {name}" in documentation
+    configs: list[TrainConfig] = []
+    monkeypatch.setattr(
+        "fastlocal.train.loop.run", lambda config: configs.append(config) or type("S", (), {"exit_code": 0})
+    )
+    small = "scratch" in name and "224" not in name
+    data = ["--data", "cifar10"] if small else ["--data", "synthetic"]
+    assert cli.train(["--recipe", name, *data, "--epochs", "30"]) == 0
+    assert configs[0].optimization.epochs == 30  # the flag, over the recipe
+    assert configs[0].optimization.clip_grad == NAMED[name]()["clip_grad"]  # the recipe, over the data's
+    for key, value in NAMED[name]().items():
+        if key not in ("epochs", "model_kwargs"):
+            assert configs[0].get(key) == value, key
+    tiny = {"img_size": 32, "model": "test_vit"} if "vit" in name else {"img_size": 64}
+    if not small:
+        tiny["model_kwargs"] = {} if "vit" in name else {"embed_dim": 16, "depths": (1, 1, 1, 1), "window_size": 2}
+    config = configs[0].changed(**({} if small else tiny), pretrained=False, amp=False)
+    side = 32 if "vit" in name or small else 64
+    model = build_model(config, 5, (side, side))
+    trainer = build_trainer(config, model, CPU, None, training_loss(config, 5, range(5)))
+    assert trainer.step(torch.rand(4, 3, side, side), torch.arange(4)).loss.isfinite().all()
+
+
+def test_a_recipe_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    configs: list[TrainConfig] = []
+    monkeypatch.setattr(
+        "fastlocal.train.loop.run", lambda config: configs.append(config) or type("S", (), {"exit_code": 0})
+    )
+    cli.train(["--recipe", "finetune-vit", "--data", "synthetic", "--lr", "1e-5", "--initial-checkpoint", "w.pt"])
+    assert (configs[0].optimization.lr, configs[0].optimization.lr_base) == (1e-5, None)
+    assert not configs[0].model.pretrained
+    with pytest.raises(UserError, match=r"--recipe finetune-vitt is not one of .* did you mean 'finetune-vit'"):
+        cli.train(["--recipe", "finetune-vitt"])

@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from fastlocal.train import loop
 from fastlocal.train.build import build_model
 from fastlocal.train.config import TrainConfig
+from fastlocal.train.start import fitted, read_start
 
 Options = Callable[..., dict[str, Any]]
 Command = Callable[..., Any]
@@ -80,3 +81,81 @@ def test_what_cannot_be_started_from_is_told(
     assert "exclude each other" in err
     assert not (tmp_path / "ran").exists()
     assert not (tmp_path / "runs").exists()
+
+
+def _named(prefix: str, weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {prefix + name: value for name, value in weights.items()}
+
+
+# As people find them: what is around the weights, and what of it is said to have been taken.
+WRAPPED: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
+    "plain": (lambda good, bad: good, "weights.pt"),
+    "timm, with an average": (
+        lambda good, bad: {"state_dict": bad, "state_dict_ema": good},
+        "weights.pt state_dict_ema",
+    ),
+    "DINO": (
+        lambda good, bad: {
+            "student": _named("module.backbone.", bad),
+            "teacher": _named("backbone.", good),
+            "epoch": 3,
+        },
+        "weights.pt teacher",
+    ),
+    "DINO, wrapped": (lambda good, bad: {"teacher": _named("module.backbone.", good)}, "weights.pt teacher"),
+    "Lightning": (
+        lambda good, bad: {"state_dict": _named("model.", good), "hyper_parameters": {"lr": 0.1}},
+        "weights.pt state_dict",
+    ),
+    "compiled, in DDP": (lambda good, bad: {"model": _named("module._orig_mod.", good)}, "weights.pt model"),
+    "BEiT, DeiT": (
+        lambda good, bad: {"model": bad, "model_ema": good, "optimizer": {"state": {}}},
+        "weights.pt model_ema",
+    ),
+    "encoder": (lambda good, bad: _named("encoder.", good), "weights.pt"),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPED)
+def test_weights_are_found_in_their_wrapper(wrapper: str, tmp_path: Path, tiny: Options) -> None:
+    good, bad = (build_model(TrainConfig.of(**tiny()), 10, (8, 8)).state_dict() for _ in range(2))
+    wrap, taken = WRAPPED[wrapper]
+    torch.save(wrap(good, bad), tmp_path / "weights.pt")
+    _starts_from(str(tmp_path / "weights.pt"), good, taken, tiny)
+
+
+def _starts_from(place: str, expected: dict[str, torch.Tensor], taken: str, tiny: Options) -> None:
+    config = TrainConfig.of(**tiny(initial_checkpoint=place))
+    classes = tuple(map(str, range(10)))
+    arguments, sentence = fitted(read_start(place), build_model(config, 10, (8, 8)), classes)
+    assert sentence == f"{taken}, with its classifier"
+    made = build_model(config, 10, (8, 8), weights=arguments).state_dict()
+    assert all(torch.equal(made[name], value) for name, value in expected.items())
+
+
+def test_a_run_and_its_checkpoints_are_starting_points(tiny: Options) -> None:
+    run = loop.run(TrainConfig.of(**tiny(epochs=1, model_ema=True))).folder
+    exported = load_file(run / "model.safetensors")
+    _starts_from(str(run), exported, "model.safetensors", tiny)
+    _starts_from(f"local-dir:{run}", exported, "model.safetensors", tiny)
+    _starts_from(str(run / "best.pt"), exported, "best.pt trainer ema", tiny)
+
+
+def test_weights_on_the_hub_come_with_their_preprocessing(
+    tiny: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = loop.run(TrainConfig.of(**tiny(epochs=1, mean="0.1", std="0.2"))).folder
+    asked: list[tuple[str, str]] = []
+
+    def download(name: str, file: str, **_: Any) -> str:
+        asked.append((name, file))
+        return str(run / file)
+
+    monkeypatch.setattr("timm.models._hub.download_from_hf", download)
+    monkeypatch.setattr("timm.models._hub._get_safe_alternatives", lambda _: ["model.safetensors"])
+    monkeypatch.setattr("timm.models._hub.hf_hub_download", lambda repo_id, filename, **_: download(repo_id, filename))
+    start = read_start("hf-hub:somebody/vit")
+    assert start.preprocessing["mean"] == (0.1, 0.1, 0.1)
+    assert start.labels == tuple(map(str, range(10)))
+    _starts_from("hf-hub:somebody/vit", load_file(run / "model.safetensors"), "hf-hub:somebody/vit", tiny)
+    assert {name for name, _ in asked} == {"somebody/vit"}
