@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -135,3 +139,65 @@ def test_clipping_is_timms(build: Build, batch: Batch, mode: str) -> None:
     torch.optim.SGD(theirs.parameters(), lr=0.5).step()
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, other, msg=lambda text, name=name: f"{name}: {text}")
+
+
+class _Adapted(nn.Module):
+    """A linear layer with a low-rank update, as peft's LoRA has it."""
+
+    def __init__(self, base: nn.Linear, rank: int = 2) -> None:
+        super().__init__()
+        self.base = base.requires_grad_(False)
+        self.down, self.up = nn.Linear(base.in_features, rank, False), nn.Linear(rank, base.out_features, False)
+        nn.init.zeros_(self.up.weight)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+
+@pytest.mark.parametrize("residency", ["all", "module"])
+def test_adapters_alone_are_trained(build: Build, batch: Batch, residency: str) -> None:
+    model: Any = build("vit").requires_grad_(False)
+    for block in model.blocks:
+        block.attn.qkv = _Adapted(block.attn.qkv)
+    model.head.requires_grad_(True)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trainer = fastlocal.LocalTrainer(model, modules=2, residency=residency, objective="end-to-end")
+    for _ in range(2):
+        trainer.step(*batch)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed == {name for name in before if ".up." in name or ".down." in name or name.startswith("head")}
+    assert sum(len(optimizer.state) for optimizer in trainer.optimizers) == len(changed)
+
+
+LORA = """
+import timm, torch, fastlocal
+from peft import LoraConfig, PeftModel, get_peft_model
+
+def model():
+    torch.manual_seed(0)
+    shape = dict(img_size=32, patch_size=8, embed_dim=32, depth=4, num_heads=2, num_classes=10)
+    return timm.create_model("vit_tiny_patch16_224", **shape)
+
+adapted = get_peft_model(model(), LoraConfig(r=4, target_modules=["qkv", "proj"], modules_to_save=["head"]))
+frozen = {name: p.clone() for name, p in adapted.named_parameters() if not p.requires_grad}
+trainer = fastlocal.LocalTrainer(adapted, modules=2, residency="module")
+images, labels = torch.randn(4, 3, 32, 32), torch.arange(4)
+for _ in range(2):
+    assert trainer.step(images, labels).loss.isfinite().all()
+assert all(torch.equal(p, frozen[name]) for name, p in adapted.named_parameters() if name in frozen)
+adapted.save_pretrained("adapters")
+again = PeftModel.from_pretrained(model(), "adapters").eval()
+torch.testing.assert_close(again(images), trainer.predict(images)[-1], rtol=1e-4, atol=1e-5)
+assert not torch.allclose(again(images), model().eval()(images), atol=1e-3)
+print("the same")
+"""
+
+
+def test_a_peft_model_is_trained_and_its_adapters_are_exported(tmp_path: Path) -> None:
+    if importlib.util.find_spec("peft") is None:
+        pytest.skip("peft is not installed")
+    # In a folder of its own: transformers takes a folder ``kernels`` in the current one for the package of that name.
+    (tmp_path / "lora.py").write_text(LORA)
+    outcome = subprocess.run([sys.executable, "lora.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert outcome.returncode == 0, outcome.stderr
+    assert outcome.stdout == "the same\n"

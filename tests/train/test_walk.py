@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
+import os
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from soak.processes import Processes
 from timm.data import create_transform, resolve_data_config
 
 SIZES = ((96, 72), (60, 80), (120, 68))
@@ -31,6 +35,20 @@ def _photographs(root: Path, classes: dict[str, tuple[int, int, int]], count: in
                 Image.fromarray(pixels).save(root / split / name / f"{i}.jpg", quality=90)
 
 
+def _interrupted(run: Path, *arguments: object) -> str:
+    """What ``fastlocal`` says until it has done an epoch and gets a real SIGINT."""
+    with Processes() as processes:
+        told = run.parent / "told.txt"
+        process = processes.start(arguments, stdout=told, stderr=run.parent / "stderr.txt")
+        since = time.monotonic()
+        while not (run / "metrics.jsonl").exists():
+            assert time.monotonic() - since < 120, told.read_text()
+            time.sleep(0.01)
+        os.kill(process, signal.SIGINT)
+        assert processes.wait(process) == 130, told.read_text()
+        return told.read_text()
+
+
 def test_from_photographs_to_the_same_probabilities_everywhere(tmp_path: Path, cli: Command) -> None:
     def done(*arguments: object) -> str:
         outcome = cli(*arguments)
@@ -44,22 +62,23 @@ def test_from_photographs_to_the_same_probabilities_everywhere(tmp_path: Path, c
     shade = ("--data", tmp_path / "shades", "--img-size", 32, "--epochs", 2, "--experiment", "shades")
     done("train", *MODEL, *shade, *common)
 
-    # 200 photographs of two classes, in a memory budget, stopped after an epoch.
+    # 200 photographs of two classes, in a memory budget, interrupted by Ctrl-C in some epoch.
     photographs = tmp_path / "photographs"
     _photographs(photographs, {"red": (180, 90, 90), "blue": (90, 90, 180)}, 80)
     start = ("--initial-checkpoint", tmp_path / "runs" / "shades", "--memory", "576MiB", "--lr", 3e-3)
-    first = done(
-        "train", "--data", photographs, "--img-size", 48, "--epochs", 1, *MODEL, *start, *common, "--experiment", "mine"
-    )
+    moved, run = tmp_path / "moved", tmp_path / "runs" / "mine"
+    mine = ("--data", photographs, "--img-size", 48, "--epochs", 1000, "--experiment", "mine")
+    first = _interrupted(run, "train", *mine, *MODEL, *start, *common)
     assert "160 + 40 images, 48 pixels" in first
     assert "start    model.safetensors, with a new classifier (it knows 3 classes)" in first
+    assert "stopped; go on with: fastlocal train --resume" in first
 
     # Moved, and resumed with more epochs.
-    moved, run = tmp_path / "moved", tmp_path / "runs" / "mine"
     photographs.rename(moved)
-    resumed = done("train", "--resume", run, "--epochs", 4, "--data", moved)
-    assert "schedule cosine, now to the end of epoch 4, before 1" in resumed
-    assert "epoch 4/4" in resumed
+    epochs = len((run / "metrics.jsonl").read_text().splitlines()) + 3
+    resumed = done("train", "--resume", run, "--epochs", epochs, "--data", moved)
+    assert f"schedule cosine, now to the end of epoch {epochs}, before 1000" in resumed
+    assert f"epoch {epochs}/{epochs}" in resumed
 
     # Evaluated.
     result = json.loads(done("eval", run, "--data", moved, "--report", tmp_path / "report", "--json"))
