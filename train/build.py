@@ -15,8 +15,8 @@ import fastlocal
 from fastlocal.backbones import backbone
 from fastlocal.bus import host_available
 from fastlocal.kernels.dispatch import why_not_triton
-from fastlocal.planner import format_bytes, state_share
 from fastlocal.optimizers import layer_decay
+from fastlocal.planner import format_bytes, state_share
 from fastlocal.train.config import TrainConfig
 from fastlocal.train.errors import UserError, nearest, printable
 from fastlocal.train.options.learning import LearningOptions
@@ -219,7 +219,9 @@ def _check_host_memory(config: TrainConfig, model: nn.Module) -> None:
         return
     weights = sum(p.nbytes for p in model.parameters())
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
-    needed = round(state_share(optimizer_factory(config.optimization)) * trained + weights / 2 * (config.memory.weights == "low"))
+    needed = round(
+        state_share(optimizer_factory(config.optimization)) * trained + weights / 2 * (config.memory.weights == "low")
+    )
     if needed > available:
         raise UserError(
             f"--residency {config.memory.residency} keeps {format_bytes(needed, up=True)} more on the host than the weights,"
