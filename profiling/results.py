@@ -5,10 +5,15 @@ from __future__ import annotations
 import datetime
 import functools
 import importlib.metadata
+import itertools
 import json
+import os
 import platform
 import re
+import shutil
 import subprocess
+import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -96,6 +101,28 @@ def markdown_table(rows: Sequence[Row], columns: Mapping[str, str] | None = None
 
     rule = "".join(f"|{'-' * (w + 1)}{':' if right else '-'}" for w, right in zip(widths, numeric, strict=True)) + "|"
     return "\n".join([line(cells[0]), rule, *map(line, cells[1:])])
+
+
+def show(text: str) -> None:
+    """Print Markdown. A table that is wider than the terminal is printed row by row, as a name and labelled values."""
+    if not sys.stdout.isatty() and "COLUMNS" not in os.environ:  # into a file or a pipe: as it is
+        print(text)
+        return
+    width = shutil.get_terminal_size().columns
+    for table, lines in itertools.groupby(text.splitlines(), lambda line: line.startswith("|")):
+        block = list(lines)
+        if not table:
+            print("\n".join(textwrap.fill(line, width, break_on_hyphens=False) for line in block))
+        elif len(block[0]) <= width:
+            print("\n".join(block))
+        else:
+            headings, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in block)
+            for name, *values in rows:
+                print(textwrap.shorten(name, width, placeholder="…") or "–")
+                pairs = (f"{h} {v}" for h, v in zip(headings[1:], values, strict=True) if v)
+                kept = "  ".join(pair.replace(" ", "\N{NO-BREAK SPACE}") for pair in pairs)
+                indented = {"initial_indent": "    ", "subsequent_indent": "    ", "break_on_hyphens": False}
+                print(textwrap.fill(kept, width, **indented).replace("\N{NO-BREAK SPACE}", " "))
 
 
 def _is_number(value: Any) -> bool:

@@ -69,7 +69,7 @@ def main(argv: list[str]) -> int:
     try:
         for row in study.run(jobs, path):
             rows.append(row)
-            print(f"\n{table.markdown(chosen, rows)}\n")
+            results.show(f"\n{table.markdown(chosen, rows)}\n")
     except study.Stopped:
         code = 130
     if path.exists() and name in recipe.names():

@@ -211,7 +211,7 @@ def run(arguments: Any, folder: Path) -> int:
     for model in arguments.model:
         done = (campaign.find(key) for key, _ in jobs if key["model"] == model)
         rows = [one for one in done if one is not None]
-        print(f"\n{model}\n\n{table(rows)}")
+        results.show(f"\n{model}\n\n{table(rows)}")
     if campaign.left:
         print(f"\nOut of time with {campaign.left} points left; the same command goes on with them.")
     return 0

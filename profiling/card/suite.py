@@ -91,7 +91,7 @@ def kernels(output: Path, budget: float | None) -> int:
             {"bench": "suite", "part": "kernels", "job": workload.name, "seconds": time.perf_counter() - begun}
         )
     rows = Campaign(folder / "kernels.jsonl").rows
-    print(f"\n{timing.table(rows)}")
+    results.show(f"\n{timing.table(rows)}")
     return int(any(row["direction"] == "check" and row["error"] is not None for row in rows))
 
 
@@ -163,7 +163,7 @@ def meter(output: Path, budget: float | None) -> int:
             row = {"error": results.sentence(error), "within": False}
         campaign.add({**place, "name": name, **row})
         print(f"{name}: {row['error'] or ('within 5 %' if row['within'] else 'further off than 5 %')}", flush=True)
-    print(f"\n{meter_table(campaign.rows)}")
+    results.show(f"\n{meter_table(campaign.rows)}")
     return int(not all(row["within"] for row in campaign.rows))
 
 
@@ -254,7 +254,7 @@ def train(output: Path, budget: float | None) -> int:
                 print(f"{given}: {row['error']}", file=sys.stderr)
         campaign.add({"bench": "train", **given, "error": None, **row, "seconds": time.perf_counter() - begun})
     done = [found for key, _ in jobs if (found := campaign.find(key)) is not None]
-    print(f"\n{train_table(done)}")
+    results.show(f"\n{train_table(done)}")
     return int(not all(row["error"] is None and row["best_accuracy"] > 0.2 for row in done))  # a tenth is chance
 
 

@@ -509,7 +509,9 @@ def main(argv: list[str]) -> int:
         print(_progress(row), flush=True)
     done = [found for key, _ in jobs if (found := campaign.find(key)) is not None]
     for model in arguments.model:
-        print(f"\n{model}, batch {arguments.batch_size}\n\n{table([row for row in done if row['model'] == model])}")
+        results.show(
+            f"\n{model}, batch {arguments.batch_size}\n\n{table([row for row in done if row['model'] == model])}"
+        )
     if campaign.left:
         print(f"\nOut of time with {campaign.left} set-ups left; the same command goes on with them.")
     return int(failed)

@@ -52,7 +52,7 @@ def _compile_report(arguments: Namespace) -> bool:
         measurements = compile_report.compile_report(folder / "report.json", arguments.architectures, arguments.only)
     except ValueError as error:
         raise UserError(f"--only: {error}") from None
-    print(compile_report.table(measurements))
+    results.show(compile_report.table(measurements))
     known = compile_report.read_report(folder / "report.json")
     (folder / "README.md").write_text(f"# What the kernels compile to\n\n{compile_report.table(known)}\n")
     faulty = [m for m in measurements if m.problems]
@@ -67,7 +67,7 @@ def _floors(arguments: Namespace) -> None:
 
     measurements = compile_report.read_report(arguments.output / "compile" / "report.json")
     table = floors.table(floors.with_resources(floors.floors(), measurements))
-    print(table)
+    results.show(table)
     folder = arguments.output / "floors"
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text(f"# The least time on a card\n\n{table}\n")
@@ -84,7 +84,7 @@ def _traffic(arguments: Namespace) -> None:
         comparisons = traffic_report.traffic_report(arguments.only)
     except ValueError as error:
         raise UserError(f"--only: {error}") from None
-    print(traffic_report.table([comparison.row() for comparison in comparisons]))
+    results.show(traffic_report.table([comparison.row() for comparison in comparisons]))
     for miss in (comparison for comparison in comparisons if not comparison.within_target):
         print(f"- {miss.op}, {miss.shape}, {miss.direction}: {miss.distinct_ratio:.2f} × compulsory, over the target")
 
@@ -97,7 +97,7 @@ def _traffic(arguments: Namespace) -> None:
     blocks = [block_traffic.BlockTraffic(**block) for block in content["blocks"]]
     if not arguments.only:
         blocks = block_traffic.block_traffic()
-        print(f"\n{block_traffic.tables(blocks)}")
+        results.show(f"\n{block_traffic.tables(blocks)}")
     folder.mkdir(parents=True, exist_ok=True)
     content = {"origin": results.origin(), "ops": list(places.values()), "blocks": [vars(block) for block in blocks]}
     file.write_text(json.dumps(content, indent=1) + "\n")
@@ -123,6 +123,6 @@ def _time(arguments: Namespace) -> bool:
         raise UserError(f"--only: no workload has {arguments.only!r} in its name; there are: {names}.")
     folder = results.card_folder(arguments.output)
     rows = timing.time_kernels(timing.cuda_bench(), chosen, folder / "kernels.jsonl")
-    print(timing.table(rows))
+    results.show(timing.table(rows))
     timing.plot(rows, folder / "kernels")
     return any(row["provider"] == OURS and row["error"] is not None for row in rows)

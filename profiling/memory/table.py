@@ -16,7 +16,7 @@ from fastlocal.profiling.cli import ArgumentParser, UserError
 from fastlocal.profiling.memory.plots import plot_bus, plot_pareto, plot_timelines
 from fastlocal.profiling.memory.setups import METHODS, MIB, Family, Setup, ours, rivals
 from fastlocal.profiling.memory.step import Result, measure, possible, skeleton
-from fastlocal.profiling.results import append_row, markdown_table
+from fastlocal.profiling.results import append_row, markdown_table, show
 
 
 def rows(results: Sequence[Result], weights: int) -> list[dict[str, Any]]:
@@ -88,7 +88,7 @@ def main(argv: list[str]) -> int:
     )
     table = markdown_table(rows(results, weights))
     (folder / f"{stem}.md").write_text(f"{title}\n\n{note}\n\n{table}\n")
-    print(f"\n{table}")
+    show(f"\n{table}")
     about = f"{arguments.model}, batch {arguments.batch_size}"
     plot_timelines(_telling(results), about, folder / f"{stem}-timeline")
     plot_pareto(results, about, folder / f"{stem}-pareto")

@@ -12,7 +12,7 @@ import pytest
 from matplotlib.text import Text
 from matplotlib.transforms import Bbox
 
-from fastlocal.profiling import plots, report
+from fastlocal.profiling import plots, report, results
 from fastlocal.profiling.card.throughput import Setup, baseline
 from fastlocal.profiling.cli import bench
 
@@ -175,3 +175,22 @@ def test_labels_cover_neither_each_other_nor_marks_nor_the_legend() -> None:
     for i, box in enumerate(boxes[:texts]):
         assert not any(box.overlaps(other) for other in boxes[i + 1 :])
     pyplot.close(figure)
+
+
+def test_a_table_wider_than_the_terminal_is_shown_row_by_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    wide = results.markdown_table([{"set-up": "local, feature", **{f"column {i}": 1000 * i for i in range(12)}}] * 2)
+    monkeypatch.delenv("COLUMNS", raising=False)
+    results.show(wide)
+    assert capsys.readouterr().out == f"{wide}\n"  # nobody looks: as it goes into files
+    monkeypatch.setenv("COLUMNS", "80")
+    results.show(f"A legend of many words {'and more ' * 20}\n\n{wide}")
+    lines = capsys.readouterr().out.splitlines()
+    assert max(map(len, lines)) <= 80
+    assert lines.count("local, feature") == 2
+    joined = "\n".join(lines)
+    assert all(joined.count(f"column {i} {1000 * i:,}") == 2 for i in range(12))
+    narrow = results.markdown_table([{"a": 1, "b": 2}])
+    results.show(narrow)
+    assert capsys.readouterr().out == f"{narrow}\n"
