@@ -121,8 +121,8 @@ def show(text: str) -> None:
                 print(textwrap.shorten(name, width, placeholder="…") or "–")
                 pairs = (f"{h} {v}" for h, v in zip(headings[1:], values, strict=True) if v)
                 kept = "  ".join(pair.replace(" ", "\N{NO-BREAK SPACE}") for pair in pairs)
-                indented = {"initial_indent": "    ", "subsequent_indent": "    ", "break_on_hyphens": False}
-                print(textwrap.fill(kept, width, **indented).replace("\N{NO-BREAK SPACE}", " "))
+                filled = textwrap.fill(kept, width - 4, break_on_hyphens=False)
+                print(textwrap.indent(filled, "    ").replace("\N{NO-BREAK SPACE}", " "))
 
 
 def _is_number(value: Any) -> bool:
