@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
     parser.add_argument("--image-size", type=int, help="pixels; the model's own if not given")
     parser.add_argument("--micro-batch", type=int, default=8, help="samples in a part (%(default)s)")
-    parser.add_argument("--modules", type=int, nargs="+", default=[*range(1, 9)], metavar="K", help="(1 to 8)")
+    parser.add_argument("--modules", type=int, nargs="+", default=[*range(1, 9), 12], metavar="K", help="(1 to 8, 12)")
     names = ["feature", "image", "cross-entropy", "transport"]
     parser.add_argument("--objectives", nargs="+", default=names, choices=names, help="(all)")
     names = ["linear", "mlp", "conv", "transformer"]
