@@ -57,6 +57,8 @@ def setups(blocks: int, kernels: str, fused_attention: int) -> list[Setup]:
         Setup("rival", micro, recompute, fused_attention=fused_attention)
         for micro, recompute in ((None, False), (None, True), (1, True))
     ]
+    offloading = Setup("rival", 1, True, fused_attention=fused_attention)
+    theirs += [replace(offloading, method=method) for method in ("fsdp", "fsdp bf16 saved")]
     return [*mine[:2], *theirs, *mine[2:]]
 
 

@@ -9,6 +9,8 @@ With ``--cap`` it asks instead what trains on a smaller card; see `fastlocal.pro
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import gc
 import json
 import math
@@ -32,6 +34,7 @@ SAMPLE_SECONDS = 0.3  # a timed sample is as many steps as fill this
 WARM_UP_STEPS = 3  # compiles, creates optimizer states, settles the allocator
 ROUNDS = 7
 TRACED_STEPS = 2
+OFFLOADING = ("fsdp", "fsdp bf16", "fsdp bf16 saved", "torchao")  # of the rivals' methods, those that are timed
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,12 @@ def rivals(model: str, micro_batch: int) -> list[Setup]:
     other = 2 if "swin" in model else 0  # what timm does by default is unfused for Swin's windows, fused for the rest
     plain = baseline()
     both = Setup("rival", micro_batch, True)
+    offloading = [replace(both, method=name) for name in OFFLOADING if name != "torchao"]
+    offloading += [replace(both, micro_batch=None, method="torchao")]  # it may not run between two backwards
     setups = [plain, replace(plain, channels_last=True), replace(plain, compile=True), replace(plain, recompute=True)]
     setups += [Setup("rival", micro_batch, False), both, replace(both, compile=True)]
     setups += [replace(setup, fused_attention=other) for setup in setups if not setup.channels_last]
-    return [*setups, replace(plain, compile=True, cuda_graphs=True)]
+    return [*setups, replace(plain, compile=True, cuda_graphs=True), *offloading]
 
 
 def ours(modules: Sequence[int], micro_batch: int, kernels: Sequence[tuple[str, bool]]) -> list[Setup]:
@@ -142,6 +147,7 @@ class Training:
 
     Attributes:
         micro_batch: samples in a part, None for the whole batch; may change between steps.
+        close: ends what a method started, a process group of this one process; to be called when all steps are done.
     """
 
     def __init__(
@@ -150,6 +156,7 @@ class Training:
         import torch
 
         self.setup, self.device = setup, device
+        self.close: Callable[[], object] = lambda: None
         self.amp_dtype = _amp_dtype(device)
         torch.manual_seed(0)
         self.model = create_model(model, setup, image_size)
@@ -206,13 +213,14 @@ class Training:
 
         setup, device = self.setup, self.device
         model: Any = self.model
-        model.to(device)
+        if not setup.method.startswith("fsdp"):  # it brings what it needs
+            model.to(device)
         if setup.channels_last:
             model.to(memory_format=torch.channels_last)
         model.train()
         if setup.recompute:
             model.set_grad_checkpointing()
-        optimizer = self._optimizer(model.parameters())
+        optimizer, around = self._offloading(model)
         self.state.append(optimizer)
         if setup.compile:
             model.compile(mode="reduce-overhead" if setup.cuda_graphs else None)
@@ -225,7 +233,7 @@ class Training:
             for start in range(0, len(images), size):
                 part = images[start : start + size]
                 inputs = part.float().sub_(mean).div_(std) if part.dtype == torch.uint8 else part
-                with torch.autocast(device.type, self.amp_dtype, cache_enabled=not setup.tuned):
+                with torch.autocast(device.type, self.amp_dtype, cache_enabled=not setup.tuned), around():
                     loss = cross_entropy(model(inputs), labels[start : start + size]) * (len(part) / len(images))
                 del inputs
                 scaler.scale(loss).backward()
@@ -235,6 +243,40 @@ class Training:
             optimizer.zero_grad(set_to_none=True)
 
         return step
+
+    def _offloading(
+        self, model: nn.Module
+    ) -> tuple[torch.optim.Optimizer, Callable[[], contextlib.AbstractContextManager[Any]]]:
+        """The optimizer of a rival, and what its forward is in; ``model`` is made ready for its method.
+
+        Raises:
+            ImportError: torchao is not installed.
+        """
+        import torch
+
+        method, card = self.setup.method, self.device.type == "cuda"
+        if method == "torchao":
+            from torchao.optim import CPUOffloadOptimizer
+
+            options = {"lr": 1e-4, "weight_decay": 0.05, "fused": True}
+            return CPUOffloadOptimizer(
+                model.parameters(), torch.optim.AdamW, offload_gradients=True, **options
+            ), contextlib.nullcontext
+        if method.startswith("fsdp"):
+            import torch.distributed as dist
+            from torch.distributed.device_mesh import init_device_mesh
+
+            from fastlocal.profiling.memory.methods import shard
+
+            if not dist.is_initialized():
+                dist.init_process_group("nccl" if card else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+            self.close = dist.destroy_process_group
+            mesh = init_device_mesh(self.device.type, (1,))
+            shard(model, mesh, bf16="bf16" in method, pinned=card)
+            save = functools.partial(torch.autograd.graph.save_on_cpu, pin_memory=card)
+            adamw = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.05, fused=True)  # on the CPU
+            return adamw, save if "saved" in method else contextlib.nullcontext
+        return self._optimizer(model.parameters()), contextlib.nullcontext
 
     def _ours(self) -> Callable[[Tensor, Tensor], object]:
         setup = self.setup
@@ -349,30 +391,30 @@ def measure(
     torch._dynamo.reset()  # with the CUDA graphs of the set-up before, and their memory
     release()
     begun = time.perf_counter()
-    training = Training(model, setup, batch_size, device, image_size)
-    for _ in range(WARM_UP_STEPS):
-        training.step()
-    synchronize(device)
-    warm_up = time.perf_counter() - begun
-    peak = measure_peak(training)
-    steps = max(1, math.ceil(SAMPLE_SECONDS / time_step(training)))
-    rival: Training | None = None
-    if setup != baseline():
-        try:
-            rival = Training(model, baseline(), batch_size, device, image_size)
-            for _ in range(WARM_UP_STEPS):
-                rival.step()
-        except torch.OutOfMemoryError:
-            rival = None
-    if rival is None:
-        pairs = [(seconds, seconds) for seconds in (time_step(training, steps) for _ in range(rounds))]
-    else:
-        rival_steps = max(1, math.ceil(SAMPLE_SECONDS / time_step(rival)))
-        pairs = take_turns(lambda: time_step(rival, rival_steps), lambda: time_step(training, steps), rounds)
-    figures: dict[str, Any] = summary(pairs, batch_size)
-    if rival is None and setup != baseline():
-        figures |= dict.fromkeys(("speed", "speed_low", "speed_high"))  # the baseline does not fit beside it
-    return {**figures, **peak, "rounds": rounds, "steps_per_sample": steps, "warm_up_s": round(warm_up, 1)}
+    with contextlib.closing(Training(model, setup, batch_size, device, image_size)) as training:
+        for _ in range(WARM_UP_STEPS):
+            training.step()
+        synchronize(device)
+        warm_up = time.perf_counter() - begun
+        peak = measure_peak(training)
+        steps = max(1, math.ceil(SAMPLE_SECONDS / time_step(training)))
+        rival: Training | None = None
+        if setup != baseline():
+            try:
+                rival = Training(model, baseline(), batch_size, device, image_size)
+                for _ in range(WARM_UP_STEPS):
+                    rival.step()
+            except torch.OutOfMemoryError:
+                rival = None
+        if rival is None:
+            pairs = [(seconds, seconds) for seconds in (time_step(training, steps) for _ in range(rounds))]
+        else:
+            rival_steps = max(1, math.ceil(SAMPLE_SECONDS / time_step(rival)))
+            pairs = take_turns(lambda: time_step(rival, rival_steps), lambda: time_step(training, steps), rounds)
+        figures: dict[str, Any] = summary(pairs, batch_size)
+        if rival is None and setup != baseline():
+            figures |= dict.fromkeys(("speed", "speed_low", "speed_high"))  # the baseline does not fit beside it
+        return {**figures, **peak, "rounds": rounds, "steps_per_sample": steps, "warm_up_s": round(warm_up, 1)}
 
 
 def synchronize(device: torch.device) -> None:
@@ -549,15 +591,14 @@ def _alternate(first: Sequence[Setup], second: Sequence[Setup]) -> Iterator[Setu
 def _trace_all(chosen: Sequence[tuple[str, Setup]], arguments: Any, folder: Path, device: torch.device) -> int:
     for model, setup in chosen:
         name = "".join(c if c.isalnum() else "-" for c in f"{model}-{setup.label}")
-        training = Training(model, setup, arguments.batch_size, device, arguments.image_size)
-        found = trace(training, folder / "traces" / name)
+        with contextlib.closing(Training(model, setup, arguments.batch_size, device, arguments.image_size)) as training:
+            found = trace(training, folder / "traces" / name)
         place = {"bench": "trace", "model": model, "batch_size": arguments.batch_size, "name": setup.label}
         results.append_row(folder / "traces.jsonl", {**place, **asdict(setup), **found})
         copies = "no copies between host and device"
         if found["hidden_share"] is not None:
             copies = f"{found['copies_ms']:.1f} ms of copies, {100 * found['hidden_share']:.0f} % of it behind kernels"
         print(f"{setup.label}: {copies}; {folder / 'traces' / name}.json", flush=True)
-        del training
         release()
     return 0
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
 from fastlocal import memory
@@ -178,17 +178,22 @@ def badam(model: nn.Module) -> Rival:
     return Rival(update, [optimizer])
 
 
-def fsdp(model: nn.Module, *, bf16: bool = False, saved: bool = False) -> Rival:
-    """FSDP2 with a process of its own: weights, gradients and AdamW on the host, a block's weights on the device."""
-    with unset_fake_temporarily():  # a mesh looks at values
-        mesh = init_device_mesh("cpu", (1,))
-    options: Any = {"mesh": mesh, "offload_policy": CPUOffloadPolicy(pin_memory=False)}
+def shard(model: nn.Module, mesh: DeviceMesh, *, bf16: bool, pinned: bool) -> None:
+    """FSDP2 as its users would write it for one device: a block at a time there, everything else on the host."""
+    options: Any = {"mesh": mesh, "offload_policy": CPUOffloadPolicy(pin_memory=pinned)}
     if bf16:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
     for block in backbone(model).blocks:
         for part in block.code if isinstance(block.code, nn.ModuleList) else (block.code,):
             fully_shard(part, **options)
     fully_shard(model, **options)
+
+
+def fsdp(model: nn.Module, *, bf16: bool = False, saved: bool = False) -> Rival:
+    """FSDP2 with a process of its own: weights, gradients and AdamW on the host, a block's weights on the device."""
+    with unset_fake_temporarily():  # a mesh looks at values
+        mesh = init_device_mesh("cpu", (1,))
+    shard(model, mesh, bf16=bf16, pinned=False)
     for parameter in model.parameters():
         memory.on_host(parameter)
     rival = plain(model)
