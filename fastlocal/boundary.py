@@ -82,6 +82,16 @@ class Boundary:
         else:
             self._whole[part] = value
 
+    def whole(self) -> Tensor:
+        """The whole batch, [B, …] on the device."""
+        assert self._whole is not None
+        if self._home == "device":
+            return self._whole
+        self._bus.settle()
+        value = self._bus.fetch(self._whole)
+        self._bus.arrive()
+        return value
+
     def release(self) -> None:
         """Nobody reads this any more; its host memory may be used again."""
         if self._borrowed and self._whole is not None:

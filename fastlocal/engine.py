@@ -16,6 +16,8 @@ from fastlocal import memory
 from fastlocal.boundary import Boundary, Home
 from fastlocal.bus import Bus
 from fastlocal.checks import check_choice
+from fastlocal.distributed import Reducer
+from fastlocal.distributed.data_parallel import Reduction
 from fastlocal.metrics import Recorder
 from fastlocal.module import LocalModule
 from fastlocal.objectives import Features, Objective
@@ -68,7 +70,9 @@ class Engine:
         optimizers: one per module, None for a module with nothing to train.
         weights: of the regularizer and of the auxiliary cross-entropy, one of each per local module.
         normalization: mean and standard deviation [channels, 1, 1] of images with values from 0 to 255.
+        own: the modules that this process trains.
         classifiers: the parameters that adaptive clipping leaves alone.
+        reducer: sums gradients over processes; None for one process.
 
     Attributes:
         first: the first module that trains anything; those before it have neither graph nor gradients.
@@ -85,9 +89,12 @@ class Engine:
         residency: Residency,
         bus: Bus,
         options: StepOptions,
+        own: range,
         classifiers: Iterable[nn.Parameter] = (),
+        reducer: Reducer | None = None,
     ) -> None:
         self.modules = modules
+        self.own = own
         self.objective = objective
         self.trained = trained
         self.optimizers = optimizers
@@ -109,6 +116,8 @@ class Engine:
         self._mean, self._std = normalization
         self._unscaled = False
         self.first = next((k for k, parameters in enumerate(trained) if parameters), len(modules) - 1)
+        self._reducer = reducer
+        self._reducing: tuple[int, Reduction] | None = None  # the module whose gradients are on their way
 
     # Parts and boundaries
 
@@ -126,8 +135,8 @@ class Engine:
         return Boundary(self.boundaries, self.bus, batch, self.amp_dtype, clone=self._cuda_graphs)
 
     def following(self, k: int) -> int | None:
-        """The module that a forward comes to after module ``k``."""
-        return k + 1 if k + 1 < len(self.modules) else None
+        """The module that a forward comes to after module ``k`` in this process."""
+        return k + 1 if k + 1 < self.own.stop else None
 
     # A module and a part
 
@@ -199,8 +208,11 @@ class Engine:
     def learning(self, k: int, upcoming: int | None, record: Recorder, update: bool = True) -> Iterator[None]:
         """Module ``k`` is on the device; the gradients that this block leaves update it, or are dropped.
 
-        If the block fails, the gradients are dropped as well, and the module is as it was before.
+        If the block fails, the gradients are dropped as well, and the module is as it was before. Where gradients are summed
+        over processes, the update may come at the end of the next block, or of the step (`settle`).
         """
+        if self._reducing is not None and not set(self.trained[self._reducing[0]]).isdisjoint(self.modules[k].borrowed):
+            self.settle(record)  # what module k reads must be up to date
         # Exact gradients of a shared parameter add up over the modules that read it, until its owner's turn, the last.
         sums = {p: p.grad.clone() for module in self.modules for p in module.shared if p.grad is not None}
         with self.residency.on_device(k, upcoming):
@@ -214,12 +226,23 @@ class Engine:
                 for parameter, gradient in sums.items():
                     parameter.grad = gradient
                 raise
-            if self.on_module_end is not None:
-                self.on_module_end(k, self.modules[k])
-            if update:
+            if not update:
+                self.drop_gradients(k)
+            elif self._reducer is None:
                 self._update(k, record)
             else:
-                self.drop_gradients(k)
+                begun = k, self._reducer.start(self.trained[k])
+                self.settle(record)  # of the module before, whose gradients travelled meanwhile
+                self._reducing = begun
+                if self.residency.options.keep == "module":
+                    self.settle(record)
+
+    def settle(self, record: Recorder) -> None:
+        """Update the module whose gradients are on their way, if there is one."""
+        if self._reducing is not None:
+            (k, reduction), self._reducing = self._reducing, None
+            reduction.finish()
+            self._update(k, record)
 
     def drop_gradients(self, k: int) -> None:
         """Set the gradients of module ``k`` to None."""
@@ -228,6 +251,7 @@ class Engine:
 
     def finish(self) -> None:
         """After the last module of a step, or after one that could not go on."""
+        self._reducing = None
         if self._unscaled:
             self.scaler.update()
             self._unscaled = False
@@ -242,6 +266,8 @@ class Engine:
 
     def _update(self, k: int, record: Recorder) -> None:
         """Clip, step and release the gradients of module ``k``."""
+        if self.on_module_end is not None:
+            self.on_module_end(k, self.modules[k])
         optimizer = self.optimizers[k]
         gradients = [p for p in self.trained[k] if p.grad is not None]
         if optimizer is None or not gradients:
@@ -282,3 +308,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or (
         isinstance(error, RuntimeError) and any(sign in text for sign in ("_STATUS_ALLOC_FAILED", "out of memory"))
     )
+
+
+@contextlib.contextmanager
+def random_stream(seed: int | None, k: int, device: torch.device) -> Iterator[None]:
+    """The random stream of module ``k`` in a step; the global generators are as before afterwards."""
+    if seed is None or memory.is_dry_run():
+        yield
+        return
+    card = device.type == "cuda"
+    with torch.random.fork_rng([device] if card else []):
+        torch.default_generator.manual_seed(seed + k)
+        if card:
+            with torch.cuda.device(device):
+                torch.cuda.manual_seed(seed + k)
+        yield

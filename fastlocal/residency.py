@@ -65,6 +65,7 @@ class Residency:
     Args:
         optimizers: one per module, None for a module with nothing to train. With ``keep`` other than ``"all"`` an optimizer
             sees a few parameters, or slices of them, at a time, so it must treat each parameter on its own.
+        own: the modules that this process trains; the others stay where they are.
     """
 
     def __init__(
@@ -73,6 +74,7 @@ class Residency:
         optimizers: Sequence[torch.optim.Optimizer | None],
         options: ResidencyOptions,
         bus: Bus,
+        own: range,
     ) -> None:
         self.options = options
         self._bus = bus
@@ -82,10 +84,11 @@ class Residency:
         self._needed: list[list[Slab]] = []
         if options.keep == "all":
             return
-        slab_of = self._lay_out(modules)
-        self._hosted = [HostedOptimizer(o, slab_of, bus) if o is not None else None for o in optimizers]
-        for module in modules:
-            needed = (slab_of[p] for p in (*module.parameters(), *module.borrowed))
+        slab_of = self._lay_out([modules[k] for k in own])
+        for k, (module, optimizer) in enumerate(zip(modules, optimizers, strict=True)):
+            hosted = HostedOptimizer(optimizer, slab_of, bus) if k in own and optimizer is not None else None
+            self._hosted.append(hosted)
+            needed = (slab_of[p] for p in (*module.parameters(), *module.borrowed) if k in own)
             self._needed.append(list(dict.fromkeys(needed)))
         if options.keep == "module":
             for slab in self._slabs:

@@ -14,6 +14,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from fastlocal import memory
 from fastlocal.backbones import Backbone, backbone
@@ -21,7 +22,10 @@ from fastlocal.boundary import Home
 from fastlocal.bus import Bus
 from fastlocal.checks import check_autocast, check_batch_norm, check_choice, check_fit, check_images, check_labels
 from fastlocal.decoders import Kind
-from fastlocal.engine import ClipMode, Engine, Loss, StepOptions, is_out_of_memory
+from fastlocal.distributed import Kind as MessageKind
+from fastlocal.distributed import Message, Pipeline, Ranks, Reducer
+from fastlocal.distributed.team import assigned, described, described_training, gather, refuse
+from fastlocal.engine import ClipMode, Engine, Loss, StepOptions, is_out_of_memory, random_stream
 from fastlocal.heads import AuxiliaryHead
 from fastlocal.kernels import accelerate, dispatch, use_kernels
 from fastlocal.kernels.dispatch import CHOICES, Choice
@@ -85,6 +89,12 @@ class LocalTrainer:
         lookahead: blocks of the next module that each auxiliary head looks through and trains as well.
         compile: compile each module with torch.compile; a text is its mode. ``"reduce-overhead"`` and ``"max-autotune"``
             replay CUDA graphs, which saves launches where parts are small, and holds memory of their own.
+        mesh: the processes that train together: a `torch.distributed.device_mesh.DeviceMesh` whose dimensions are named
+            "data" (each process has a part of the batch) and "modules" (each process has some of the modules), or one of
+            the two. Every process makes the trainer and makes the same calls; see `fastlocal.distributed`.
+        rank_cuts: first modules of the second, third, … process along "modules". Default: balanced by FLOPs.
+        queue: batches that may be on their way from one process along "modules" to the next, on either side.
+        timeout: seconds to wait for another process before giving up.
 
     If the device runs out of memory during a step, the trainer halves its parts, says so in a warning, and goes on with the
     module that failed; gradients do not depend on the size of the parts.
@@ -92,6 +102,7 @@ class LocalTrainer:
     Raises:
         ValueError: an argument is not one of the above, or the model is not supported.
         RuntimeError: kernels="triton" was asked for and cannot run on the device.
+        RankLost: another process of the mesh has ended or does not answer; `step` and what else waits for others raise it too.
     """
 
     def __init__(
@@ -125,6 +136,10 @@ class LocalTrainer:
         classification_weight: float | Sequence[float] | None = None,
         lookahead: int = 0,
         compile: bool | str = False,
+        mesh: DeviceMesh | None = None,
+        rank_cuts: Sequence[int] | None = None,
+        queue: int = 2,
+        timeout: float = 1800.0,
     ) -> None:
         if isinstance(objective, str):
             check_choice("objective", objective, list(OBJECTIVES))
@@ -166,9 +181,33 @@ class LocalTrainer:
         self.loss = loss
         self.on_step_end: Callable[[StepMetrics], None] | None = None
         self.steps = 0
+        self._gathered: dict[int, Any] = {}  # optimizer states of other processes' modules
         mean, std = _mean_std(normalize or self.backbone.normalization, model, self.backbone.image.channels)
         shares = loss_weights(self.objective, len(self.spans), regularizer_weight, classification_weight)
 
+        self.ranks = Ranks(mesh, timeout)
+        self.ranks.check_same(
+            described(
+                model,
+                modules=[span.start for span in self.spans],
+                objective=self.objective.name,
+                decoder=decoder,
+                amp_dtype=amp_dtype,
+                clip_grad=clip_grad,
+                label_smoothing=label_smoothing,
+                ema_decay=ema_decay,
+                normalize=(mean.flatten().tolist(), std.flatten().tolist()),
+                first_target=first_target,
+                reconstruction=reconstruction,
+                normalize_target=normalize_target,
+                loss_weights=shares,
+                lookahead=lookahead,
+                mesh=(self.ranks.data.size, self.ranks.modules.size),
+                rank_cuts=rank_cuts,
+                queue=queue,
+            )
+        )
+        self.ranks.share([*model.parameters(), *model.buffers()])
         # The average is copied first: it shares neither fused attention nor host memory with the model.
         self.ema = _average(model, ema_decay, self.device, residency) if ema_decay is not None else None
         with use_kernels(kernels):
@@ -176,16 +215,22 @@ class LocalTrainer:
         self.fused_layers = _accelerate(model, required=kernels == "triton") if fused else 0
 
         self.modules = build_modules(self.backbone, self.spans, self.classes, self.objective, made_of)
-        for tensors in (model.buffers(),) if residency == "module" else (model.parameters(), model.buffers()):
-            for tensor in tensors:
-                tensor.data = tensor.data.to(self.device)
-        for module in self.modules:
+        refuse(self.backbone, self.modules, self.objective, self.ranks)
+        self.rank_spans = assigned(self.modules, self.backbone, self.objective, self.ranks, rank_cuts)
+        self.own = self.rank_spans[self.ranks.modules.rank]
+        for module in (self.modules[k] for k in self.own):
+            for tensors in (module.buffers(),) if residency == "module" else (module.parameters(), module.buffers()):
+                for tensor in tensors:
+                    tensor.data = tensor.data.to(self.device)
             module.heads.to(self.device)
 
         trained, optimizers = make_optimizers(self.backbone, self.modules, optimizer or adamw)
         self.optimizers: list[torch.optim.Optimizer] = [o for o in optimizers if o is not None]
         bus = Bus(self.device)
-        self.residency = Residency(self.modules, optimizers, staying, bus)
+        self.ranks.check_same(described_training(self.modules, optimizers))
+        self.ranks.share([t for module in self.modules for t in module.heads.state_dict().values()])
+        self.residency = Residency(self.modules, optimizers, staying, bus, self.own)
+        self.pipeline = Pipeline(self.ranks, queue, self.device)
         self.engine = Engine(
             self.modules,
             self.objective,
@@ -197,6 +242,8 @@ class LocalTrainer:
             bus=bus,
             options=stepping,
             classifiers=_classifiers(model, self.modules),
+            own=self.own,
+            reducer=Reducer(self.ranks) if self.ranks.data.size > 1 else None,
         )
         if compile:
             for module in self.modules:
@@ -221,8 +268,12 @@ class LocalTrainer:
         """Names of the classifiers, in the order of `StepMetrics.loss` and of `predict`."""
         return [f"module {i + 1}" for i in self._exits]
 
-    def step(self, images: Tensor, labels: Tensor, *, exact: bool = False) -> StepMetrics:
+    def step(self, images: Tensor | None = None, labels: Tensor | None = None, *, exact: bool = False) -> StepMetrics:
         """Train every module once on a batch.
+
+        With a mesh, every process calls it. Along "data" each gives its own part of the batch. Along "modules" the first gives
+        the batch, and what the others give is not looked at; a process measures the modules that it has, and the others' places
+        in what is returned hold 0.
 
         Args:
             images: [B, 3, H, W], floating (already normalized) or uint8 (normalized here, part by part).
@@ -235,34 +286,47 @@ class LocalTrainer:
             ValueError: shapes do not fit the model, a label is outside the classes, or (where looking costs no
                 synchronization: on CPU tensors) a pixel is NaN or infinite.
         """
-        check_images(images, self.backbone.image)
-        if self._of_classes:
-            check_labels(labels, len(images), self.classes)
-        elif len(labels) != len(images):
-            raise ValueError(f"labels must be {len(images)}, one for each image, got {len(labels)}.")
-        check_batch_norm(self.backbone, self.micro_batch, len(images))
+        if exact and self.ranks.modules.size > 1:
+            raise ValueError(
+                "exact=True needs the gradients of all modules, and a mesh with 'modules' sends nothing back; use a mesh with"
+                " 'data' alone."
+            )
+        exact = exact or self.objective.exact
+        batch = (
+            self._enter(images, labels, exact)
+            if self.ranks.modules.rank == 0
+            else self.pipeline.receive(MessageKind.STEP)
+        )
+        assert batch.labels is not None
+        size, labels = len(batch.x), batch.labels.to(self.device, non_blocking=True)
         if not self.model.training:
             self.model.train()
         for module in self.modules:
             module.train()
-        record = Recorder(len(images), self._exits, len(self.modules), self.device, counts=self._of_classes)
-        step = None
+        record = Recorder(batch.samples, self._exits, len(self.modules), self.device, counts=self._of_classes)
+        step: ExactStep | LocalStep | None = None
         try:
             while True:
                 try:
                     with use_kernels(self.kernels):
-                        if step is None:
-                            run = ExactStep if exact or self.objective.exact else LocalStep
-                            step = run(self.engine, images, labels.to(self.device, non_blocking=True), record)
-                        step.run()
+                        if exact:
+                            with random_stream(batch.seed, 0, self.device):
+                                step = step or ExactStep(self.engine, batch.x, labels, record)
+                                step.run()
+                        else:
+                            step = step or LocalStep(self.engine, batch.images, labels, record, batch.x, batch.seed)
+                            step.run()
                     break
                 except Exception as error:
-                    whole = (self.micro_batch or len(images)) == 1 or self.backbone.batch_norms
-                    if not is_out_of_memory(error) or whole:
+                    if not is_out_of_memory(error) or (self.micro_batch or size) == 1 or self.backbone.batch_norms:
                         raise
-                self._halve_parts(len(images))
+                self._halve_parts(size)
         finally:
             self.engine.finish()
+        if isinstance(step, LocalStep) and self.own.stop < len(self.modules):
+            kept = step.images.whole() if step.images is not None else None
+            self.pipeline.send(Message(MessageKind.STEP, step.x.whole(), kept, labels, batch.seed, batch.samples))
+        self.ranks.sum_over_data(record.loss, record.correct, record.regularizer)
         self.steps += 1
         if self.ema is not None:
             self.ema.update(self.model, step=self.steps)
@@ -271,9 +335,37 @@ class LocalTrainer:
             self.on_step_end(metrics)
         return metrics
 
+    def _enter(self, images: Tensor | None, labels: Tensor | None, exact: bool) -> Message:
+        """The batch that the user gave to this process; all processes along "data" go on with theirs, or none does."""
+        problem: ValueError | None = None
+        try:
+            if images is None or labels is None:
+                raise ValueError("images and labels must be given to the first process along 'modules'.")
+            check_images(images, self.backbone.image)
+            if self._of_classes:
+                check_labels(labels, len(images), self.classes)
+            elif len(labels) != len(images):
+                raise ValueError(f"labels must be {len(images)}, one for each image, got {len(labels)}.")
+            check_batch_norm(self.backbone, self.micro_batch, len(images))
+        except ValueError as error:
+            problem = error
+        counts = self.ranks.counts(-1 if problem or images is None else len(images))
+        if problem is not None:
+            raise problem
+        if min(counts) < 0:
+            raise ValueError(f"process {counts.index(min(counts))} along 'data' was given a batch that it refuses.")
+        assert images is not None
+        seed = None
+        if not memory.is_dry_run() and (self.ranks.data.size > 1 or (len(self.modules) > 1 and not exact)):
+            seed = int(torch.randint(2**62, ())) + 1_000_003 * self.ranks.data.rank
+        return Message(MessageKind.STEP, images, images, labels, seed, sum(counts))
+
     @torch.no_grad()
-    def predict(self, images: Tensor, *, ema: bool = False) -> Tensor:
+    def predict(self, images: Tensor | None = None, *, ema: bool = False) -> Tensor:
         """Logits [exits, B, classes] (fp32) of every classifier in eval mode; exits before the last come for free.
+
+        With a mesh, every process calls it and has the logits of its own modules' classifiers (`own_exits`), for its own part
+        along "data".
 
         Args:
             images: as for `step`.
@@ -281,7 +373,12 @@ class LocalTrainer:
         """
         if ema and self.ema is None:
             raise ValueError("ema=True needs a trainer with ema_decay set.")
-        check_images(images, self.backbone.image)
+        if self.ranks.modules.rank == 0:
+            if images is None:
+                raise ValueError("images must be given to the first process along 'modules'.")
+            check_images(images, self.backbone.image)
+        else:
+            images = self.pipeline.receive(MessageKind.PREDICT).x
         self.model.eval()
         for module in self.modules:
             module.eval()
@@ -306,7 +403,8 @@ class LocalTrainer:
     def _predict(self, images: Tensor, exits: range) -> Tensor:
         engine, batch = self.engine, len(images)
         parts, x, logits = engine.parts(batch), engine.images(images), []
-        for k, module in enumerate(self.modules):
+        for k in self.own:
+            module = self.modules[k]
             inputs, output, classified = x.parts(parts), engine.boundary(batch), []
             with self.residency.on_device(k, engine.following(k)):
                 for part in parts:
@@ -319,7 +417,9 @@ class LocalTrainer:
             x = output
             if k in exits:
                 logits.append(torch.cat(classified))
-        return torch.stack(logits)
+        if self.own.stop < len(self.modules):
+            self.pipeline.send(Message(MessageKind.PREDICT, x.whole()))
+        return torch.stack(logits) if logits else torch.empty(0, batch, *self.backbone.logits, device=self.device)
 
     def _predict_early(self, images: Tensor, confidence: float) -> tuple[Tensor, Tensor]:
         engine, places = self.engine, torch.arange(len(images), device=self.device)
@@ -359,6 +459,10 @@ class LocalTrainer:
         Returns:
             Logits [B, classes] (fp32) and the place of the classifier that gave them [B], in the order of `exit_names`.
         """
+        if self.ranks.modules.size > 1:
+            raise ValueError(
+                "predict_early needs all modules in one process, and a mesh with 'modules' shares them out."
+            )
         check_images(images, self.backbone.image)
         self.model.eval()
         for module in self.modules:
@@ -369,8 +473,25 @@ class LocalTrainer:
         """The state dict of the model's moving average, or None without one."""
         return None if self.ema is None else self.ema.module.state_dict()
 
+    def gather(self) -> None:
+        """Bring what the processes along "modules" have trained to the first one, whose model is whole then.
+
+        Every process calls it. The others' models hold what they trained themselves and what all started from.
+        """
+        self._gathered = gather(self)
+
+    def close(self) -> None:
+        """No more steps: every process of a mesh calls it, so that nothing is left under way between them."""
+        self.pipeline.close()
+
     def state_dict(self) -> dict[str, Any]:
-        """Everything that training continues from, except random number generators: plain containers and tensors only."""
+        """Everything that training continues from, except random number generators: plain containers and tensors only.
+
+        With a mesh, every process calls it; the first one has it all, and the others an empty dict.
+        """
+        self.gather()
+        if not self.ranks.first:
+            return {}
         return {
             "version": STATE_VERSION,
             "objective": self.objective.name,
@@ -382,7 +503,11 @@ class LocalTrainer:
                 for k, module in enumerate(self.modules)
                 for name, value in module.heads.state_dict().items()
             },
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": [
+                optimizer.state_dict() if k in self.own else self._gathered[k]
+                for k, optimizer in enumerate(self.engine.optimizers)
+                if optimizer is not None
+            ],
             "scaler": self.scaler.state_dict(),
             "ema": self.ema_state_dict(),
         }
@@ -413,7 +538,8 @@ class LocalTrainer:
         saved = iter(state["optimizers"])
         for k, optimizer in enumerate(self.engine.optimizers):
             if optimizer is not None:
-                optimizer.load_state_dict(_copied(next(saved)))
+                entry = _copied(next(saved)) if k in self.own else {**next(saved), "state": {}}
+                optimizer.load_state_dict(entry)
                 self.residency.park_states(k)  # before the next module's states come to the device
         if self.scaler.is_enabled():
             self.scaler.load_state_dict(state["scaler"])
@@ -452,6 +578,12 @@ class LocalTrainer:
     def _of_classes(self) -> bool:
         """Whether labels are classes, or probabilities of them."""
         return self.loss is None or bool(getattr(self.loss, "of_classes", False))
+
+    @property
+    def own_exits(self) -> slice:
+        """The places of this process's classifiers among all (`exit_names`)."""
+        places = [i for i, k in enumerate(self._exits) if k in self.own]
+        return slice(places[0], places[-1] + 1) if places else slice(0, 0)
 
     @property
     def _exits(self) -> range:

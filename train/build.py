@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -10,6 +11,7 @@ import timm
 import torch
 from timm.optim import create_optimizer_v2, list_optimizers
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
 
 import fastlocal
 from fastlocal.backbones import backbone
@@ -21,6 +23,7 @@ from fastlocal.train.config import TrainConfig
 from fastlocal.train.errors import UserError, nearest, printable
 from fastlocal.train.options.learning import LearningOptions
 from fastlocal.train.options.optimization import OptimizationOptions
+from fastlocal.train.ranks import processes
 from fastlocal.train.recipes import GEOMETRY
 
 Normalization = tuple[tuple[float, ...], tuple[float, ...]]
@@ -57,6 +60,14 @@ def build_device(config: TrainConfig) -> torch.device:
     """
     if config.memory.device == "auto":
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        if device.type == "cuda" and processes() > 1:
+            number = int(os.environ.get("LOCAL_RANK", "0"))
+            if number >= torch.cuda.device_count():
+                raise UserError(
+                    f"--nproc-per-node of torchrun is more than the {torch.cuda.device_count()} cards of this machine."
+                )
+            device = torch.device("cuda", number)
+            torch.cuda.set_device(device)
     else:
         try:
             device = torch.device(config.memory.device)
@@ -184,8 +195,9 @@ def build_trainer(
     device: torch.device,
     normalize: Normalization | None,
     loss: nn.Module | None = None,
+    mesh: DeviceMesh | None = None,
 ) -> fastlocal.LocalTrainer:
-    """The engine with the options of ``config``.
+    """The engine with the options of ``config``, on ``mesh`` if there are several processes.
 
     Raises:
         UserError: an unknown optimizer; the nearest name is suggested. Or host memory does not hold the idle modules.
@@ -208,6 +220,10 @@ def build_trainer(
         normalize=normalize,
         loss=loss,
         compile=(config.memory.torchcompile_mode or True) if config.memory.torchcompile else False,
+        mesh=mesh,
+        rank_cuts=config.devices.rank_cuts if mesh is not None and config.devices.parallel == "modules" else None,
+        queue=config.devices.queue,
+        timeout=config.devices.timeout,
         **unplanned_options(config, device),
     )
 

@@ -389,7 +389,8 @@ def load_trainer(trainer: fastlocal.LocalTrainer, state: dict[str, Any], path: P
     problem = unusable(state)
     if problem is not None:
         raise UserError(f"{path} is of a run that had diverged: {problem}.")
-    problems = list(_differences(_without_moments(state), _without_moments(trainer.state_dict())))
+    ours = trainer.state_dict()
+    problems = list(_differences(_without_moments(state), _without_moments(ours))) if ours else []
     for index, (optimizer, saved) in enumerate(zip(trainer.optimizers, state["optimizers"], strict=False)):
         problems += _problems_of_moments(saved["state"], optimizer, f"optimizers[{index}].state")
     try:

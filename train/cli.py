@@ -25,7 +25,7 @@ from typing import Any, NoReturn
 
 import fastlocal
 from fastlocal.train.config import GROUPS, OPTIONS, TrainConfig
-from fastlocal.train.errors import UserError, nearest, printable, shown
+from fastlocal.train.errors import StoppedError, UserError, nearest, printable, shown
 from fastlocal.train.options.files import read_file
 from fastlocal.train.options.values import SEVERAL, flag
 from fastlocal.train.recipes import NAMED
@@ -127,17 +127,23 @@ def train(argv: list[str]) -> int:
     with end_at_once():
         import torch
 
+        from fastlocal.distributed import RankLost
         from fastlocal.train import loop
+        from fastlocal.train.ranks import to_resume
 
         if config is not None and preview is not None:
             loop.preview(config, preview)
             print(f"preview: {preview}")
             return 0
+        if config is not None and (begun := to_resume(config)) is not None:
+            resumed, config = begun, None
         try:
             return (loop.resume(resumed, **given) if config is None else loop.run(config)).exit_code
         except torch.OutOfMemoryError as error:
             first = str(error).partition(". ")[0]
             raise UserError(f"{first}: try a smaller --micro-batch, --recompute block or --residency module.") from None
+        except RankLost as error:
+            raise StoppedError(f"{error} What was saved last can be resumed.") from None
 
 
 def _recipe(name: str, given: dict[str, Any]) -> dict[str, Any]:

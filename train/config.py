@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, cast
 from fastlocal.train.errors import UserError, nearest, shown
 from fastlocal.train.options.augmentation import AugmentationOptions
 from fastlocal.train.options.data import ARRAYS, DOWNLOADED, DataOptions
+from fastlocal.train.options.devices import DeviceOptions
 from fastlocal.train.options.learning import LearningOptions
 from fastlocal.train.options.memory import MemoryOptions
 from fastlocal.train.options.model import ModelOptions
@@ -40,6 +41,7 @@ class TrainConfig:
     model: ModelOptions = field(default_factory=ModelOptions)
     learning: LearningOptions = field(default_factory=LearningOptions)
     memory: MemoryOptions = field(default_factory=MemoryOptions)
+    devices: DeviceOptions = field(default_factory=DeviceOptions)
     optimization: OptimizationOptions = field(default_factory=OptimizationOptions)
     reports: ReportOptions = field(default_factory=ReportOptions)
 
@@ -54,6 +56,19 @@ class TrainConfig:
             )
         if (self.augmentation.mixes) and batch_size % 2:
             raise UserError(f"--batch-size must be even for --mixup and --cutmix, got {batch_size}.")
+        if self.devices.parallel == "modules" and (
+            self.learning.objective == "end-to-end" or self.learning.exact_steps
+        ):
+            what = "--objective end-to-end" if self.learning.objective == "end-to-end" else "an exact step"
+            raise UserError(
+                f"--parallel modules cannot train {what}: it needs gradients from later modules, and nothing is sent back; use"
+                " --parallel data, which gives exact gradients on any number of devices."
+            )
+        if self.devices.data_parallel > 1 and self.devices.parallel != "modules":
+            raise UserError(
+                f"--data-parallel {self.devices.data_parallel} is for --parallel modules; --parallel data splits each batch"
+                " over all processes."
+            )
 
     @classmethod
     def of(cls, **given: Any) -> TrainConfig:
@@ -123,6 +138,11 @@ class TrainConfig:
         }
         for name in ("mixup_prob", "mixup_switch_prob", "mixup_mode", "mixup_off_epoch"):
             needs[name] = (self.augmentation.mixes, "it needs --mixup or --cutmix", None)
+        several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+        for name in ("parallel", "data_parallel", "rank_cuts", "queue", "timeout"):
+            needs[name] = (several, "this is one process; torchrun starts several", None)
+        for name in ("rank_cuts", "queue") if several else ():
+            needs[name] = (self.devices.parallel == "modules", "it needs --parallel modules", None)
         for name in ("modules", "micro_batch", "recompute", "residency"):
             needs[name] = (self.memory.budget is None, "--memory has the planner set it", None)
         sentences = []

@@ -14,6 +14,12 @@ class UserError(ValueError):
     exit_code = 2
 
 
+class StoppedError(UserError):
+    """What ended from outside and may well go on later, told likewise."""
+
+    exit_code = 143
+
+
 def nearest(name: str, names: Iterable[str]) -> str:
     """``"; did you mean 'x'?"`` for the one of ``names`` most like ``name``, or ``"."`` if none is."""
     known = {entry.lstrip("-"): entry for entry in names}  # dashes alone are no likeness

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastlocal
+from fastlocal.distributed import Ranks
 from fastlocal.train import checkpoint as checkpoints
 from fastlocal.train.build import build_device, build_model, build_trainer
 from fastlocal.train.config import TrainConfig
@@ -40,21 +42,43 @@ def validate(
     ema: bool = False,
     until: Callable[[Iterator[Any]], Iterator[Any]] = iter,
 ) -> Measured | None:
-    """Measure every exit of ``trainer`` on ``split``; None if ``until`` ends the reading before its end."""
-    loss, correct = torch.zeros(()), torch.zeros(())
+    """Measure every exit of ``trainer`` on ``split``; None if ``until`` ends the reading before its end.
+
+    The processes of a mesh measure their shares of each batch, each the exits that it has, and all get the sums.
+    """
+    ranks, exits = trainer.ranks, 1 if ema else len(trainer.exit_names)
+    own = slice(0, int(trainer.own_exits.stop == len(trainer.exit_names))) if ema else trainer.own_exits
+    loss, correct = torch.zeros(exits, device=device), torch.zeros(exits, device=device)
     indices = list(torch.arange(len(split)).split(batch_size))
     read = 0
-    for images, labels in until(split.batches(indices, None)):
+    for images, labels in until(_shares(split, indices, ranks)):
+        read += 1
+        if not len(labels):
+            continue
         labels = labels.to(device, non_blocking=True)
-        logits = trainer.predict(images.to(device, non_blocking=True), ema=ema)
-        exits = len(logits)
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.repeat(exits), reduction="none")
-        loss = loss.to(device) + losses.view(exits, -1).sum(1)
-        correct = correct.to(device) + (logits.argmax(2) == labels).sum(1)
-        read += len(labels)
-    if read < len(split):
+        given = images.to(device, non_blocking=True) if images is not None else None
+        logits = trainer.predict(given, ema=ema)
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.repeat(len(logits)), reduction="none")
+        loss[own] += losses.view(len(logits), len(labels)).sum(1)
+        correct[own] += (logits.argmax(2) == labels).sum(1)
+    if read < len(indices):
         return None
+    loss, correct = ranks.sum(loss), ranks.sum(correct)
     return Measured((loss / len(split)).tolist(), (correct / len(split)).tolist())
+
+
+def _shares(split: Split, indices: Sequence[Tensor], ranks: Ranks) -> Iterator[tuple[Tensor | None, Tensor]]:
+    """This process's images and labels of each batch; it reads no images if another process sends it features."""
+    shares = [chosen.tensor_split(ranks.data.size)[ranks.data.rank] for chosen in indices]
+    if ranks.modules.rank:
+        labels = torch.as_tensor(split.labels)
+        for chosen in shares:
+            yield None, labels[chosen]
+        return
+    batches = split.batches([chosen for chosen in shares if len(chosen)], None)
+    with contextlib.closing(batches):
+        for chosen in shares:
+            yield next(batches) if len(chosen) else (None, torch.empty(0, dtype=torch.int64))
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import math
 import random
 import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -48,6 +48,7 @@ from fastlocal.train.export import local_dir_configuration
 from fastlocal.train.logs import check_log
 from fastlocal.train.losses import training_loss
 from fastlocal.train.options.values import flag
+from fastlocal.train.ranks import AnyReport, Crew, Silence, first_process, joined
 from fastlocal.train.report import Report, peak_memory
 from fastlocal.train.run_folder import RunFolder, SaveError, default_name
 from fastlocal.train.sheet import contact_sheet
@@ -69,7 +70,10 @@ RESUMABLE = {
     "recovery_interval",
     "save_retry",
     "log",
-} | {*("device", "kernels", "micro_batch", "recompute", "residency", "boundaries", "weights", "prefetch")}
+} | {
+    *("device", "kernels", "micro_batch", "recompute", "residency", "boundaries", "weights", "prefetch"),
+    *("parallel", "data_parallel", "rank_cuts", "queue", "timeout"),
+}
 
 
 @dataclass(frozen=True)
@@ -115,7 +119,8 @@ def run(config: TrainConfig) -> Summary:
         UserError: a mistake in ``config``, or the run folder exists or cannot be written.
         ValueError: what the engine refuses.
     """
-    return _Run(config).train()
+    with joined(config) as crew:
+        return _Run(config, crew).train()
 
 
 PREVIEWED = 36  # training images of a preview
@@ -164,7 +169,7 @@ def resume(folder: str | Path, **changes: Any) -> Summary:
     last = Path(folder) / "last.pt"
     if not last.exists():
         raise UserError(f"there is no checkpoint at {last}.")
-    opened = RunFolder(Path(folder))
+    opened = RunFolder(Path(folder)) if first_process() else None
     try:
         saved = _load_last(last)
         kept = {**saved["config"], "download": False}  # a file must not have anything fetched
@@ -175,9 +180,11 @@ def resume(folder: str | Path, **changes: Any) -> Summary:
         for name in changes:
             if name not in RESUMABLE and config.get(name) != TrainConfig.of(**kept).get(name):
                 raise UserError(f"{flag(name)} cannot change on --resume; start a new run to change it.")
-        return _Run(config, opened, saved).train()
+        with joined(config) as crew:
+            return _Run(config, crew, opened, saved).train()
     finally:
-        opened.close()  # what was refused leaves the folder to others
+        if opened is not None:
+            opened.close()  # what was refused leaves the folder to others
 
 
 def _load_last(last: Path) -> dict[str, Any]:
@@ -198,18 +205,21 @@ class DivergedError(UserError):
 
 class _Run:
     def __init__(
-        self, config: TrainConfig, folder: RunFolder | None = None, saved: dict[str, Any] | None = None
+        self, config: TrainConfig, crew: Crew, folder: RunFolder | None = None, saved: dict[str, Any] | None = None
     ) -> None:
         check_log(config.reports.log)
-        self.config, self.device, self.progress = config, build_device(config), Progress()
+        self.config, self.device, self.progress, self.crew = config, build_device(config), Progress(), crew
         start = (
             read_start(config.model.initial_checkpoint) if config.model.initial_checkpoint and saved is None else None
         )
         known = {**pretrained_configuration(config.model.name), **(start.preprocessing if start else {})}
+        if config.data.download and not crew.alone:
+            crew.done_by_first(lambda: read(config, known, saved))
         self.data = read(config, known, saved)
         self.training, self.validation, self.classes = self.data.training, self.data.validation, self.data.classes
         self.preprocessing = self.data.preprocessing
         self.steps = max(len(self.training) // config.optimization.batch_size, 1)
+        crew.check_batch(min(config.optimization.batch_size, len(self.training)))
 
         random.seed(config.optimization.seed)
         np.random.seed(config.optimization.seed % 2**32)
@@ -222,9 +232,11 @@ class _Run:
             weights, self.started = fitted(start, self.model, self.classes)
             self.model = build_model(*about, weights=weights)
         if config.memory.budget is not None and saved is None:
-            self.config = config = follow_plan(config, self.model, self.device)
+            planned = follow_plan(config, self.model, self.device) if crew.first else None
+            self.config = config = crew.ranks.broadcast(planned)
         loss = training_loss(config, len(self.classes), self.training.labels)
-        self.trainer = build_trainer(config, self.model, self.device, self.preprocessing.normalize, loss)
+        about_images = self.preprocessing.normalize
+        self.trainer = build_trainer(config, self.model, self.device, about_images, loss, crew.mesh)
         self.mixup = _mixup(config, len(self.classes))
         self.schedules = _schedules(config, self.trainer, self.steps)
         self.fingerprint = self.data.fingerprint()
@@ -232,24 +244,23 @@ class _Run:
         self.between_steps = True
         self.lost_rows: list[int] = []  # epochs
 
-        if folder is None or saved is None:
-            self.folder = self._new_folder()
+        self.folder = folder  # the first process's alone
+        if saved is None:
+            state = self._state("the weights that the run would start from are of no use")
+            self.folder = self._new_folder(state) if crew.first else None
         else:
-            self.folder = folder
             before = saved["config"]["epochs"]
             self.stretched = before if before != config.optimization.epochs else None
             self._restore(saved)
+        self.path: Path = crew.ranks.broadcast(self.folder.path if self.folder is not None else None)
 
-    def _new_folder(self) -> RunFolder:
+    def _new_folder(self, state: dict[str, Any]) -> RunFolder:
         """A folder that --resume takes, from the moment that it is seen."""
-        problem = checkpoints.unusable(self.trainer.state_dict())
-        if problem is not None:
-            raise UserError(f"the weights that the run would start from are of no use: {problem}.")
         config = self.config
         folder = RunFolder.create(Path(config.reports.output))
         try:
             folder.write("config.yaml", lambda file: file.write(to_yaml(config).encode()))
-            folder.commit(self._state())
+            folder.commit(state)
             name = config.reports.experiment or default_name(config.data.name, config.learning.objective)
             folder.publish(name, unique=bool(config.reports.experiment))
         except BaseException:
@@ -258,7 +269,7 @@ class _Run:
         return folder
 
     def _restore(self, saved: dict[str, Any]) -> None:
-        path = self.folder.path / "last.pt"
+        path = Path("last.pt") if self.folder is None else self.folder.path / "last.pt"
         changed = differences(saved["data"], self.fingerprint)
         if changed:
             raise UserError(f"{path} was trained on other data: {checkpoints.listed(changed)}.")
@@ -267,12 +278,15 @@ class _Run:
         )  # nobody holds on to it while training goes on
         self.progress = Progress(**saved["progress"])
         self._check_progress(path)
-        self.progress.totals = {name: total.clone().to(self.device) for name, total in self.progress.totals.items()}
+        totals = {name: total.clone().to(self.device) for name, total in self.progress.totals.items()}
+        self.progress.totals = (
+            totals if self.crew.first else {name: torch.zeros_like(total) for name, total in totals.items()}
+        )
         try:
             checkpoints.restore_random_state(saved["random"])
         except ValueError as error:
             raise UserError(f"{path} is not a whole checkpoint: {error}.") from None
-        self.lost_rows = self.folder.keep_rows(self.progress.epoch)
+        self.lost_rows = self.folder.keep_rows(self.progress.epoch) if self.folder is not None else []
 
     def _check_progress(self, path: Path) -> None:
         """Refuse a position that is none of this run's."""
@@ -291,11 +305,25 @@ class _Run:
                 f"{path} stands at a place that this run of {self.config.optimization.epochs} epochs never comes to."
             )
 
-    def _state(self) -> dict[str, Any]:
-        """What `--resume` goes on from."""
-        state = self.trainer.state_dict()
+    def _commit(self) -> None:
+        """Save the state, which all processes make together."""
+        state = self._state()
+        if self.folder is not None:
+            self.folder.commit(state)
+
+    def _state(self, useless: str = "") -> dict[str, Any]:
+        """What `--resume` goes on from; on the first process, and nothing on the others.
+
+        Args:
+            useless: what to say of weights that nothing has trained yet.
+        """
+        state, totals = self.trainer.state_dict(), self.crew.totals(self.progress.totals)
+        if not self.crew.first:
+            return {}
         problem = checkpoints.unusable(state)
-        if problem is None and self.progress.totals and not bool(self.progress.totals["loss"].isfinite().all()):
+        if problem is not None and useless:
+            raise UserError(f"{useless}: {problem}.")
+        if problem is None and totals and not bool(totals["loss"].isfinite().all()):
             problem = "a loss is not finite"
         if problem is not None:
             raise self._diverged(problem)
@@ -305,7 +333,7 @@ class _Run:
             "preprocessing": self.preprocessing.to_dict(),
             "data": self.fingerprint,
             "trainer": state,
-            "progress": vars(self.progress),
+            "progress": {**vars(self.progress), "totals": totals},
             "random": checkpoints.random_state(),
         }
 
@@ -313,42 +341,52 @@ class _Run:
         progress = self.progress
         return DivergedError(
             f"training has diverged: {problem} in epoch {progress.epoch + 1}, step {progress.position}. Lower --lr or set"
-            f" --clip-grad and start again; {self.folder.path} holds the last good state and, in previous.pt, the one before."
+            f" --clip-grad and start again; {self.path} holds the last good state and, in previous.pt, the one before."
         )
 
     def train(self) -> Summary:
         config, progress = self.config, self.progress
-        report = Report(config, self.folder.path, self.steps, self.trainer.exit_names, progress.epoch)
-        resume = f"fastlocal train --resume {shlex.quote(str(self.folder.path))}"
+        report: AnyReport = Silence()
+        if self.crew.first:
+            report = Report(config, self.path, self.steps, self.trainer.exit_names, progress.epoch)
+        resume = f"fastlocal train --resume {shlex.quote(str(self.path))}"
         with StopRequest() as stop, report:
-            self.folder.retry_for(config.reports.save_retry, report.say, stop)
+            if self.folder is not None:
+                self.folder.retry_for(config.reports.save_retry, report.say, stop)
             for line in self._header():
                 report.say(line)
             try:
                 if self.lost_rows:
                     report.say(f"metrics.jsonl has lost its rows of epochs {self.lost_rows}")
                 if progress.best_epoch == progress.epoch > 0 and progress.position == 0:
-                    self._write_best(self._state())  # the process that came this far may have ended before it had
+                    state = self._state()  # the process that came this far may have ended before it had
+                    if self.folder is not None:
+                        self._write_best(self.folder, state)
                 while progress.epoch < config.optimization.epochs:
                     measured = self._validate(report, stop) if self._train_epoch(report, stop) else None
                     if measured is None:
                         self._draw_curves()
-                        self.folder.commit(self._state())
+                        self._commit()
                         report.say(f"stopped; go on with: {resume}")
+                        if self.crew.failure is not None:
+                            raise self.crew.failure
                         break
                     self._finish_epoch(measured, report)
                 else:
-                    report.say(f"done: {self.folder.path}")
+                    report.say(f"done: {self.path}")
+                self.trainer.close()
             except Exception as error:
-                if self.between_steps and not isinstance(error, SaveError | DivergedError):
-                    self.folder.commit(self._state())
+                # Of several processes, those that are left cannot tell what the others have.
+                if self.crew.alone and self.between_steps and not isinstance(error, SaveError | DivergedError):
+                    self._commit()
                     if isinstance(error, UserError):
                         error.args = (f"{error} The state is saved; go on with: {resume}",)
                 raise
             finally:
-                self.folder.close()
+                if self.folder is not None:
+                    self.folder.close()
         return Summary(
-            folder=self.folder.path,
+            folder=self.path,
             images=(len(self.training), len(self.validation)),
             exits=tuple(self.trainer.exit_names),
             epochs=progress.epoch,
@@ -358,15 +396,17 @@ class _Run:
             exit_code=stop.exit_code if progress.epoch < config.optimization.epochs else 0,
         )
 
-    def _train_epoch(self, report: Report, stop: StopRequest) -> bool:
+    def _train_epoch(self, report: AnyReport, stop: StopRequest) -> bool:
         """Train the rest of the epoch; False if stopped before its end."""
         config, progress = self.config, self.progress
         order = training_indices(
             len(self.training), config.optimization.batch_size, config.optimization.seed, progress.epoch
         )
         seconds, begun = progress.seconds, time.perf_counter()
-        with contextlib.closing(self.training.batches(order[progress.position :], progress.epoch)) as batches:
-            for images, labels in stop.until(batches):
+        left = order[progress.position :]
+        reading = self.training.batches(left, progress.epoch, self.crew.share) if self.crew.reads else _nothing()
+        with contextlib.closing(reading) as batches:
+            for images, labels in self.crew.until(stop, batches, len(left)):
                 self._step(images, labels)
                 progress.seconds = seconds + time.perf_counter() - begun
                 done = progress.position * config.optimization.batch_size
@@ -374,7 +414,7 @@ class _Run:
                 if progress.position % CHECK_EVERY == 0:
                     self._check_losses()
                 if config.reports.recovery_interval and progress.position % config.reports.recovery_interval == 0:
-                    self.folder.commit(self._state())
+                    self._commit()
         if progress.position < self.steps:
             return False
         if self.device.type == "cuda":
@@ -382,14 +422,17 @@ class _Run:
         progress.seconds = seconds + time.perf_counter() - begun
         return True
 
-    def _step(self, images: Tensor, labels: Tensor) -> None:
-        progress = self.progress
-        images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-        self.between_steps, targets = False, labels
-        if self.mixup is not None:
-            off = self.config.augmentation.mixup_off_epoch
-            self.mixup.mixup_enabled = not off or progress.epoch < off
-            images, targets = mix_batch(self.mixup, images, labels)
+    def _step(self, images: Tensor | None, labels: Tensor | None) -> None:
+        """Train on a batch, or, where there is None, on what another process sends."""
+        progress, targets = self.progress, labels
+        self.between_steps = False
+        if images is not None and labels is not None:
+            images, labels = images.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            targets = labels
+            if self.mixup is not None:
+                off = self.config.augmentation.mixup_off_epoch
+                self.mixup.mixup_enabled = not off or progress.epoch < off
+                images, targets = mix_batch(self.mixup, images, labels)
         step = progress.epoch * self.steps + progress.position
         metrics = self.trainer.step(images, targets, exact=self.config.is_exact(progress.epoch, step))
         progress.position += 1
@@ -427,26 +470,27 @@ class _Run:
                 ):
                     raise DivergedError(
                         f"{sentence}; lower --lr, set --clip-grad, or with --amp try --amp-dtype bfloat16. What was"
-                        f" trained before is in {self.folder.path}."
+                        f" trained before is in {self.path}."
                     )
                 yield sentence
 
-    def _validate(self, report: Report, stop: StopRequest) -> list[Measured] | None:
+    def _validate(self, report: AnyReport, stop: StopRequest) -> list[Measured] | None:
         """Measure every exit, and the moving average if there is one; None if stopped before the end."""
         measured, total = [], -(-len(self.validation) // self.config.optimization.batch_size)
         for ema in (False, True) if self.config.optimization.model_ema else (False,):
             result = validate(
                 *(self.trainer, self.validation, self.config.optimization.batch_size, self.device),
                 ema=ema,
-                until=lambda batches: report.validating(stop.until(batches), total),
+                until=lambda batches: report.validating(self.crew.until(stop, batches, total), total),
             )
             if result is None:
                 return None
             measured.append(result)
         return measured
 
-    def _finish_epoch(self, measured: list[Measured], report: Report) -> None:
-        progress, totals = self.progress, {name: total.cpu() for name, total in self.progress.totals.items()}
+    def _finish_epoch(self, measured: list[Measured], report: AnyReport) -> None:
+        progress = self.progress
+        totals = {name: total.cpu() for name, total in self.crew.totals(progress.totals).items()}
         samples = totals["samples"].item()
         self._check_losses()
         for sentence in self._skipped(totals["skipped"].int().tolist()):
@@ -470,7 +514,8 @@ class _Run:
         if self.config.optimization.model_ema:
             row["ema_validation_loss"], row["ema_validation_accuracy"] = measured[1].loss[-1], measured[1].accuracy[-1]
         exported = measured[-1].accuracy[-1]
-        self.folder.add_row(row)
+        if self.folder is not None:
+            self.folder.add_row(row)
         if self.curves.due or progress.epoch + 1 == self.config.optimization.epochs:
             self._draw_curves()
         report.epoch(row)
@@ -479,17 +524,20 @@ class _Run:
         if exported > progress.best_accuracy:
             progress.best_accuracy, progress.best_epoch = exported, progress.epoch
         state = self._state()
-        self.folder.commit(state)
-        if progress.best_epoch == progress.epoch:
-            self._write_best(state)
+        if self.folder is not None:
+            self.folder.commit(state)
+            if progress.best_epoch == progress.epoch:
+                self._write_best(self.folder, state)
 
     def _draw_curves(self) -> None:
+        if self.folder is None or not self.curves.possible:
+            return
         rows = [row for row in self.folder.rows() if row.keys() >= DRAWN]
-        if self.curves.possible and rows:
+        if rows:
             self.folder.write("curves.png", lambda file: self.curves.draw(rows, file))
 
-    def _write_best(self, saved: dict[str, Any]) -> None:
-        self.folder.write("best.pt", lambda file: checkpoints.write(saved, file))
+    def _write_best(self, folder: RunFolder, saved: dict[str, Any]) -> None:
+        folder.write("best.pt", lambda file: checkpoints.write(saved, file))
         state = self.trainer.ema_state_dict() or self.model.state_dict()
         metadata = {
             "format": "pt",
@@ -501,9 +549,9 @@ class _Run:
             "normalize": json.dumps(self.preprocessing.normalize),
         }
         content = safetensors.torch.save({name: t.detach().cpu().contiguous() for name, t in state.items()}, metadata)
-        self.folder.write("model.safetensors", lambda file: file.write(content))
+        folder.write("model.safetensors", lambda file: file.write(content))
         about = local_dir_configuration(self.config, self.preprocessing, self.classes)
-        self.folder.write("config.json", lambda file: file.write(about))
+        folder.write("config.json", lambda file: file.write(about))
 
     def _header(self) -> Iterator[str]:
         config, parameters = self.config, sum(p.numel() for p in self.model.parameters())
@@ -526,8 +574,16 @@ class _Run:
             optimization = config.optimization
             yield f"schedule {optimization.sched}, now to the end of epoch {optimization.epochs}, before {self.stretched}"
         yield f"device   {self.device}"
+        if not self.crew.alone:
+            yield f"devices  {self.crew.described(self.trainer.rank_spans)}"
         without = "" if self.curves.possible else " (pip install matplotlib for its curves.png)"
-        yield f"run      {self.folder.path}{without}"
+        yield f"run      {self.path}{without}"
+
+
+def _nothing() -> Generator[tuple[None, None], None, None]:
+    """The batches of a process that is sent features."""
+    while True:
+        yield None, None
 
 
 def _mixup(config: TrainConfig, classes: int) -> Mixup | None:

@@ -186,7 +186,7 @@ class Backbone:
                     part.register_parameter(name, parameter)
             return y
 
-        with _unchanged_by(self.model), _without_values(weight.device), torch.no_grad():
+        with unchanged_by(self.model), without_values(weight.device), torch.no_grad():
             x = run(self.stem, torch.empty(2, *self.image.shape, dtype=weight.dtype, device=weight.device))
             boundaries.append(_geometry(x, self.image, prefix, layout, "the stem"))
             for i, block in enumerate(self.blocks):
@@ -219,7 +219,7 @@ def _unchanged(x: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _without_values(device: torch.device) -> Iterator[None]:
+def without_values(device: torch.device) -> Iterator[None]:
     """Operations give tensors that have shapes and no values, also where they read real parameters."""
     if memory.is_dry_run() or device.type == "meta":
         yield
@@ -234,7 +234,7 @@ def _without_values(device: torch.device) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _unchanged_by(model: nn.Module) -> Iterator[None]:
+def unchanged_by(model: nn.Module) -> Iterator[None]:
     """``model`` forgets what it kept in this block, such as tables that some make at their first call."""
 
     def state(value: Any) -> Any:

@@ -72,6 +72,7 @@ class ExactStep:
         while self._k >= self._engine.first:
             self._backpropagate(self._k)
             self._k -= 1
+        self._engine.settle(self._record)
 
     def _forward(self, k: int) -> None:
         """Module ``k`` without a graph: from ``entering[k]`` to ``entering[k + 1]``."""

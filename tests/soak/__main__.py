@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from soak import disk, kernels, kills, mutations, steps
+from soak import crews, disk, kernels, kills, mutations, steps
 from soak.processes import Processes
 
-KILLS, MUTANTS, DISKS, SECONDS, BATCH, COMPARISONS = 500, 100_000, 500, 3600, 500, 2500
+KILLS, CREWS, MUTANTS, DISKS, SECONDS, BATCH, COMPARISONS = 500, 90, 100_000, 500, 3600, 500, 2500
 
 
 class Rows:
@@ -46,6 +46,15 @@ def soak_kills(rows: Rows, folder: Path, share: float) -> None:
                 left -= trial.kills
                 if left <= 0:
                     break
+
+
+def soak_crews(rows: Rows, folder: Path, share: float) -> None:
+    with Processes() as processes:
+        for setup in crews.SETUPS:
+            done = len(rows.of("crews", setup))
+            trials = crews.trials(processes, folder / "crews", setup, seed=done)
+            for trial in islice(trials, max(round(CREWS * share / len(crews.SETUPS)) - done, 0)):
+                rows.add(part="crews", name=setup, trials=1, kills=trial.kills, wrong=trial.lost)
 
 
 def soak_disks(rows: Rows, folder: Path, share: float) -> None:
@@ -118,6 +127,7 @@ def table(rows: Rows) -> str:
 
 PARTS = {
     "kills": soak_kills,
+    "crews": soak_crews,
     "disks": soak_disks,
     "mutants": soak_mutants,
     "steps": soak_steps,

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastlocal.distributed.data_parallel import share_of
 from fastlocal.train.augment import BatchAugmentation, generator_for
 from fastlocal.train.config import TrainConfig
 from fastlocal.train.data.listing import Pictures
@@ -39,10 +40,14 @@ class MemorySplit:
     def __len__(self) -> int:
         return len(self.images)
 
-    def batches(self, indices: Sequence[Tensor], epoch: int | None) -> Generator[tuple[Tensor, Tensor], None, None]:
+    def batches(
+        self, indices: Sequence[Tensor], epoch: int | None, share: tuple[int, int] = (0, 1)
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """Images [B, C, H, W] uint8 and labels [B] int64, on the CPU, for each tensor of indices.
 
-        ``epoch`` seeds the augmentation; None: no augmentation, but the validation transform.
+        Args:
+            epoch: seeds the augmentation; None: no augmentation, but the validation transform.
+            share: number and count: of each batch, the part that this process trains on.
         """
         settings = self.preprocessing
         whole = self.images.shape[-2:] == settings.image_size and settings.crop_pct == 1.0
@@ -54,6 +59,9 @@ class MemorySplit:
                     images = self._resized(images)
             elif not whole:
                 images = self._transformed(images)
+            if share[1] > 1:  # augmented as a whole, so that the parts are those of one process's batch
+                part = share_of(len(chosen), *share)
+                images, chosen = images[part], chosen[part]
             yield images, self.labels[chosen]
 
     def _resized(self, images: Tensor) -> Tensor:
@@ -100,13 +108,15 @@ class FileSplit:
     def __len__(self) -> int:
         return len(self.kept)
 
-    def batches(self, indices: Sequence[Tensor], epoch: int | None) -> Generator[tuple[Tensor, Tensor], None, None]:
+    def batches(
+        self, indices: Sequence[Tensor], epoch: int | None, share: tuple[int, int] = (0, 1)
+    ) -> Generator[tuple[Tensor, Tensor], None, None]:
         """As `MemorySplit.batches`."""
         settings = self.preprocessing
         transform = settings.transform() if epoch is None else settings.training_transform(self.config)
         loader = read_in_workers(
             _FilesOfEpoch(self, epoch, transform),
-            [chosen.tolist() for chosen in indices],
+            [chosen[share_of(len(chosen), *share)].tolist() for chosen in indices],
             _collate,
             self.config.data.workers,
         )

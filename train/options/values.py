@@ -67,6 +67,11 @@ def numbers(value: Any) -> tuple[float, ...]:
     return tuple(number(part) for part in parts)
 
 
+def whole_numbers(value: Any) -> tuple[int, ...]:
+    """``"1,3"``, a list, or a single number."""
+    return tuple(whole(part) for part in numbers(value))
+
+
 def span(value: Any) -> tuple[float, ...]:
     low, high = numbers(value)
     if not 0 < low <= high:
