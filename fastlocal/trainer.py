@@ -218,10 +218,13 @@ class LocalTrainer:
         refuse(self.backbone, self.modules, self.objective, self.ranks)
         self.rank_spans = assigned(self.modules, self.backbone, self.objective, self.ranks, rank_cuts)
         self.own = self.rank_spans[self.ranks.modules.rank]
-        for module in (self.modules[k] for k in self.own):
-            for tensors in (module.buffers(),) if residency == "module" else (module.parameters(), module.buffers()):
-                for tensor in tensors:
-                    tensor.data = tensor.data.to(self.device)
+        own = [self.modules[k] for k in self.own]
+        alone = len(own) == len(self.modules)
+        here = model.parameters() if alone else (p for module in own for p in module.parameters())
+        for tensors in (model.buffers(),) if residency == "module" else (here, model.buffers()):
+            for tensor in tensors:
+                tensor.data = tensor.data.to(self.device)
+        for module in own:
             module.heads.to(self.device)
 
         trained, optimizers = make_optimizers(self.backbone, self.modules, optimizer or adamw)
