@@ -112,7 +112,7 @@ class TrainConfig:
 
     def without_effect(self, given: Iterable[str]) -> list[str]:
         """A sentence for each of the options ``given`` that another makes void."""
-        archive = self.data.name.endswith(".tar")
+        archive = self.data.name.endswith(".tar") or self.data.name.startswith("wds/")
         needs = {
             "data_dir": (
                 self.data.name in DOWNLOADED,
@@ -120,7 +120,7 @@ class TrainConfig:
                 self.data.data_dir,
             ),
             "download": (self.data.name in DOWNLOADED, f"--data {self.data.name} is not downloaded", None),
-            "class_map": (archive, "only archives (--data FILE.tar) take one", None),
+            "class_map": (archive, "only archives (--data FILE.tar, wds/FOLDER) take one", None),
             "val_split": (self.data.name not in ARRAYS, f"--data {self.data.name} has images to validate on", None),
             "skip_broken": (self.data.name not in ARRAYS, f"--data {self.data.name} has no files that could be", None),
             "model_ema_decay": (self.optimization.model_ema, "it needs --model-ema", None),

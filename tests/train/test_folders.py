@@ -239,7 +239,37 @@ def test_a_data_set_of_hugging_faces_is_read_by_timm(tmp_path: Path, monkeypatch
     assert labels.tolist() == [0] * 4 + [1] * 4
 
 
-@pytest.mark.parametrize("kind", ["tar", "tar in tar", "hfds"])
+def _shards(root: Path, pictures: Path) -> Path:
+    """``train-0.tar`` and ``train-1.tar`` of the pictures in ``pictures/train/CLASS``, with the place of their class."""
+    root.mkdir()
+    for number, label in enumerate(sorted((pictures / "train").iterdir())):
+        with tarfile.open(root / f"train-{number}.tar", "w") as archive:
+            for path in sorted(label.iterdir()):
+                archive.add(path, f"{label.name}-{path.name}")
+                info = tarfile.TarInfo(f"{label.name}-{path.stem}.cls")
+                info.size = 1
+                archive.addfile(info, io.BytesIO(str(number).encode()))
+    return root
+
+
+def test_shards_are_read_like_any_pictures(tmp_path: Path) -> None:
+    shards = _shards(tmp_path / "shards", _folder(tmp_path / "data"))
+    (tmp_path / "names").write_text("cat\ndog\n")
+    options = {"data": f"wds/{shards}", "val_split": 0.25, "workers": 0}
+    data = read(TrainConfig.of(**options, class_map=str(tmp_path / "names")), SOURCE)
+    assert data.classes == ("cat", "dog")
+    assert (len(data.training), len(data.validation)) == (6, 2)
+    assert next(data.training.batches([torch.arange(6)], None))[1].tolist() == [0] * 3 + [1] * 3
+    assert read(TrainConfig.of(**options), SOURCE).classes == ("0", "1")
+    with pytest.raises(UserError, match=r"holds no shards val\*.tar or"):
+        read(TrainConfig.of(**{**options, "val_split": 0.0}), SOURCE)
+    with tarfile.open(shards / "train-1.tar", "a") as archive:
+        archive.add(tmp_path / "data" / "val" / "cat" / "0.png", "alone.png")
+    with pytest.raises(UserError, match="picture or label is missing in alone in train-1"):
+        read(TrainConfig.of(**options), SOURCE)
+
+
+@pytest.mark.parametrize("kind", ["tar", "tar in tar", "hfds", "wds"])
 def test_threads_and_processes_read_what_one_thread_reads(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,6 +283,8 @@ def test_threads_and_processes_read_what_one_thread_reads(
         pytest.importorskip("datasets")
         monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
         data = f"hfds/{root}"
+    elif kind == "wds":
+        data = f"wds/{_shards(tmp_path / 'shards', root)}"
     else:
         inside = tmp_path / "inside.tar"
         with tarfile.open(inside, "w") as archive:

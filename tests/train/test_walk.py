@@ -42,7 +42,7 @@ def _interrupted(run: Path, *arguments: object) -> str:
         process = processes.start(arguments, stdout=told, stderr=run.parent / "stderr.txt")
         since = time.monotonic()
         while not (run / "metrics.jsonl").exists():
-            assert time.monotonic() - since < 120, told.read_text()
+            assert time.monotonic() - since < 240, told.read_text()
             time.sleep(0.01)
         os.kill(process, signal.SIGINT)
         assert processes.wait(process) == 130, told.read_text()

@@ -31,6 +31,7 @@ from fastlocal.train.data.listing import (
 )
 from fastlocal.train.data.picture import read_picture
 from fastlocal.train.data.preprocessing import Preprocessing
+from fastlocal.train.data.shards import list_shards
 from fastlocal.train.data.sources import read_arrays
 from fastlocal.train.data.splits import FileSplit, MemorySplit, Split, mean_and_std, training_indices
 from fastlocal.train.errors import UserError, printable
@@ -189,6 +190,8 @@ def _listings(config: TrainConfig, training: bool = True) -> tuple[Listing, ...]
     what, (kind, _, place) = f"--data {config.data.name}", config.data.name.partition(":")
     if kind == "folder":
         parts = _folder_listings(config, Path(place), what, training)
+    elif config.data.name.startswith("wds/"):
+        parts = _shard_listings(config, Path(config.data.name.removeprefix("wds/")), what, training)
     else:
         parts = _reader_listings(config, what, training)
     limits = (config.data.train_limit, config.data.val_limit)[-len(parts) :]
@@ -216,6 +219,17 @@ def _folder_listings(config: TrainConfig, root: Path, what: str, training: bool)
             f" tenth of {missing}/CLASS/* apart for validation."
         )
     return list_folder(train, what), list_folder(validation, what)
+
+
+def _shard_listings(config: TrainConfig, root: Path, what: str, training: bool) -> tuple[Listing, ...]:
+    class_map = config.data.class_map
+    if class_map is not None and not Path(class_map).is_file():
+        raise UserError(f"--class-map {printable(class_map, 200)} is no file.")
+    if config.data.val_split:
+        parts = list_shards(root, ("train",), what, class_map).parted(config.data.val_split)
+        return parts if training else parts[1:]
+    validation = list_shards(root, VALIDATION_FOLDERS, what, class_map)
+    return (list_shards(root, ("train",), what, class_map), validation) if training else (validation,)
 
 
 def _reader_listings(config: TrainConfig, what: str, training: bool) -> tuple[Listing, ...]:

@@ -11,7 +11,7 @@ from fastlocal.train.options.values import Options, option
 
 DOWNLOADED = ("cifar10", "cifar100", "stl10", "svhn", "fashion-mnist")
 ARRAYS = ("digits", *DOWNLOADED, "synthetic")
-DATA = (*ARRAYS, "FOLDER (or folder:FOLDER)", "FILE.tar", "hfds/NAME")
+DATA = (*ARRAYS, "FOLDER (or folder:FOLDER)", "FILE.tar", "hfds/NAME", "wds/FOLDER")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,9 @@ class DataOptions(Options):
         at_least=0,
         below=1,
     )
-    class_map: str | None = option(None, "archives: file with a class name per line, in the order of the labels")
+    class_map: str | None = option(
+        None, "archives and shards: file with a class name per line, in the order of the labels"
+    )
     skip_broken: bool = option(
         False, "go on without images that cannot be read; decodes each once to find them", values.switch
     )
@@ -47,6 +49,7 @@ class DataOptions(Options):
             data in ARRAYS
             or (data.startswith("folder:") and data != "folder:")
             or (data.startswith("hfds/") and data != "hfds/")
+            or (data.startswith("wds/") and os.path.isdir(data.removeprefix("wds/")))
             or (data.endswith(".tar") and os.path.isfile(data))
         ):
             what = "no folder or file, and " if os.sep in data else ""
