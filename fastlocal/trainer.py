@@ -461,7 +461,12 @@ class LocalTrainer:
 
         Returns:
             Logits [B, classes] (fp32) and the place of the classifier that gave them [B], in the order of `exit_names`.
+
+        Raises:
+            ValueError: the modules are spread over processes.
         """
+        if len(self.own) != len(self.modules):
+            raise ValueError("predict_early needs all modules in one process; load the run without a pipeline.")
         if self.ranks.modules.size > 1:
             raise ValueError(
                 "predict_early needs all modules in one process, and a mesh with 'modules' shares them out."
