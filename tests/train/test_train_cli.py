@@ -96,6 +96,7 @@ def test_train_then_evaluate_then_plain_timm(cli: Command, flags: Flags, tmp_pat
     assert {file.name for file in folder.iterdir()} == {
         *(
             "config.yaml",
+            "curves.png",
             "metrics.jsonl",
             "last.pt",
             "previous.pt",
