@@ -20,6 +20,7 @@ SUBCOMMANDS = {
         "fastlocal.profiling.card.throughput",
         "images per second and peak memory of a step, ours and the rivals'",
     ),
+    "scaling": ("fastlocal.profiling.scaling", "images per second of several processes, and of a pipeline of torch's"),
     "accuracy": ("fastlocal.profiling.accuracy", "what each objective learns with the same recipe"),
     "trace": ("fastlocal.profiling.trace", "whether the losses of 50 steps are what they were, bit for bit"),
     "report": ("fastlocal.profiling.report", "all result rows as tables and plots, card by card"),
