@@ -303,12 +303,24 @@ def plan(argv: list[str]) -> int:
     ]
     _add_options(parser, only=about_plan)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--devices", metavar="N", help="say, too, what several such devices would gain")
+    parser.add_argument(
+        "--bandwidth",
+        metavar="RATE",
+        help="of the links between them, one way, such as 1GB/s or 10Gbit/s (default: 12GB/s)",
+    )
     given = parser.parse(argv)
     as_json = given.pop("json", False)
+    devices, bandwidth = given.pop("devices", None), given.pop("bandwidth", None)
+    if bandwidth is not None and devices is None:
+        raise UserError("--bandwidth is of the links between several devices: give --devices N, too.")
+    count = None if devices is None else _count("--devices", devices)
     config = TrainConfig.of(**{"data": "synthetic", "amp": True, **given})
 
-    from fastlocal.train.plan import make_plan, show
+    from fastlocal.train.plan import make_plan, show, show_devices
 
+    if count is not None:
+        return show_devices(config, count, bandwidth or "12GB/s", as_json)
     return show(make_plan(config, given.get("objective")), config, as_json)
 
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import shlex
+from dataclasses import asdict
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
 
+from fastlocal.backbones import backbone
 from fastlocal.planner import NOMINAL, Candidate, Plan, Search, format_bytes, search
+from fastlocal.planner.scaling import Scaling, module_costs, scaling
 from fastlocal.train.build import build_device, build_model, planned_for, pretrained_configuration, unplanned_options
 from fastlocal.train.config import OPTIONS, TrainConfig
-from fastlocal.train.errors import UserError
+from fastlocal.train.errors import UserError, printable
 from fastlocal.train.options.values import flag
 
 WIDTH = 80  # of a terminal that nobody has widened
@@ -165,3 +168,65 @@ def _table(title: str, candidates: tuple[Candidate, ...]) -> Table:
         )
     table.caption = "* blocks recomputed"
     return table
+
+
+RATES = {"Gbit/s": 125e6, "Mbit/s": 125e3, "GB/s": 1e9, "MB/s": 1e6}
+
+
+def bytes_per_second(text: str) -> float:
+    """``"1GB/s"`` or ``"10 Gbit/s"`` as bytes a second.
+
+    Raises:
+        UserError: it is no rate.
+    """
+    for unit, size in RATES.items():
+        number = text.removesuffix(unit).strip()
+        if text.endswith(unit) and number.replace(".", "", 1).isdigit() and float(number) > 0:
+            return float(number) * size
+    raise UserError(f"--bandwidth must be a rate such as 1GB/s or 10Gbit/s, got {printable(text, 40)!r}.")
+
+
+def show_devices(config: TrainConfig, devices: int, bandwidth: str, as_json: bool) -> int:
+    """Print what ``devices`` devices with links of ``bandwidth`` would gain, simulated; returns 0.
+
+    Raises:
+        UserError: the bandwidth is no rate, or a name is not known.
+        ValueError: what the engine refuses.
+    """
+    rate = bytes_per_second(bandwidth)
+    with torch.device("meta"):
+        height, width = pretrained_configuration(config.model.name)["input_size"][-2:]
+        model = build_model(config, 1000, config.model.img_size or (height, width))
+    objective = config.learning.objective if config.learning.objective != "end-to-end" else "feature"
+    found: dict[str, tuple[int, Scaling]] = {}
+    size = config.optimization.batch_size
+    blocks = len(backbone(model).blocks)
+    for count in dict.fromkeys((min(max(devices, 4), blocks), min(2 * devices, blocks))):
+        costs = module_costs(
+            model, modules=count, objective=objective, batch_size=size, decoder=config.learning.decoder
+        )
+        for one in scaling(costs, devices, rate):
+            if one.way not in found or one.seconds < found[one.way][1].seconds:
+                found[one.way] = (count, one)
+    ranked = sorted(found.values(), key=lambda entry: entry[1].seconds)
+    if as_json:
+        print(json.dumps([{"modules": count, **asdict(one)} for count, one in ranked]))
+        return 0
+    console = Console(width=WIDTH, highlight=False)
+    table = Table(title=f"{devices} devices, {bandwidth}, batch {size}: simulated", box=None, pad_edge=False)
+    for heading in ("", "K", "data × modules", "speed-up", "balance", "sent a step"):
+        table.add_column(heading, justify="left" if not heading else "right")
+    names = {"modules": "--parallel modules", "data": "--parallel data", "both": "both", "pipeline": "exact pipeline"}
+    for count, one in ranked:
+        grid = f"{one.grid[0]} × {one.grid[1]}"
+        sent = f"{one.bytes_sent / 1e6:.1f} MB"
+        table.add_row(names[one.way], str(count), grid, f"{one.speed_up:.2f}", f"{one.balance:.2f}", sent)
+    table.caption = "exact pipeline: 8 parts, bubble (N − 1)/(8 + N − 1)"
+    console.print(table)
+    best = next(one for _, one in ranked if one.way != "pipeline")
+    if best.speed_up <= 1:
+        console.print("One device is as fast: the links cannot carry what would be sent.")
+    else:
+        more = f" --data-parallel {best.grid[0]}" if best.way == "both" else ""
+        console.print(f"Choose {names['modules' if best.way == 'both' else best.way]}{more}.")
+    return 0

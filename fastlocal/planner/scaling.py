@@ -16,7 +16,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+from torch import nn
+
+from fastlocal import memory
+from fastlocal.backbones import backbone
+from fastlocal.checks import check_choice
 from fastlocal.distributed.module_parallel import assign
+from fastlocal.heads import AuxiliaryHead
+from fastlocal.module import ModuleOptions, build_modules
+from fastlocal.objectives import OBJECTIVES
+from fastlocal.partition import partition
+from fastlocal.planner.cards import NOMINAL, USED, Card
+from fastlocal.planner.estimate import Cut
+from fastlocal.planner.profile import Profile
 
 Way = Literal["modules", "data", "both", "pipeline"]
 
@@ -111,3 +124,38 @@ def _pipeline(modules: Sequence[ModuleCost], devices: int, bandwidth: float, par
     seconds = slowest * (parts + devices - 1)
     balance = sum(compute) / len(compute) / max(compute)
     return Scaling("pipeline", (1, devices), seconds, alone / seconds, balance, max(links))
+
+
+def module_costs(
+    model: nn.Module,
+    *,
+    modules: int | str | Sequence[int],
+    objective: str,
+    batch_size: int,
+    card: Card = NOMINAL,
+    decoder: str = "linear",
+    amp_dtype: torch.dtype | None = torch.bfloat16,
+) -> list[ModuleCost]:
+    """The costs of the modules of ``model``, counted in a dry run; time is FLOPs over the share of the card's that is used.
+
+    Args:
+        modules, objective, decoder, amp_dtype: as for `LocalTrainer`.
+
+    Raises:
+        ValueError: an argument is none that `LocalTrainer` accepts.
+    """
+    check_choice("objective", objective, list(OBJECTIVES))
+    target = OBJECTIVES[objective]()
+    with memory.dry_run():
+        view = backbone(memory.fake_copy(model))
+        made_of = ModuleOptions(decoder, AuxiliaryHead, "mse", False, 0, "none")
+        made = build_modules(view, partition(view, modules), view.logits[-1], target, made_of)
+        cut = Cut(Profile(view, amp_dtype, lambda _: None), target, made, batch_size, 0.0, 0, False)
+    labels, costs = 8 * batch_size, []
+    for k, parts in enumerate(cut.parts):
+        flops = batch_size * sum(part.forward + part.backward for part in parts)
+        following = cut.profile.boundary(cut.spans[k].stop) * batch_size
+        images = cut.profile.image * batch_size if any(cut.reads_image[k + 1 :]) else 0
+        weights = sum(part.trained for part in parts)
+        costs.append(ModuleCost(flops / (USED * card.flops), following + images + labels, weights))
+    return costs

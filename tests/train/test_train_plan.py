@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -75,3 +76,16 @@ def test_where_nothing_fits_the_smallest_card_is_named(capsys: pytest.CaptureFix
     assert code == 2
     assert "Nothing fits" in out
     assert "the smallest card that would do has" in " ".join(out.split())
+
+
+def test_several_devices_are_simulated(cli: Callable[..., Any]) -> None:
+    model = ["--model", "vit_tiny_patch16_224", "--batch-size", 8, "--devices", 2]
+    told = cli("plan", *model, "--bandwidth", "100GB/s")
+    assert told.code == 0
+    assert "simulated" in told.out
+    assert "--parallel modules" in told.out
+    assert "exact pipeline" in told.out
+    assert "Choose --parallel" in told.out
+    assert "One device is as fast" in cli("plan", *model, "--bandwidth", "1 Mbit/s").out
+    assert "--bandwidth must be a rate" in cli("plan", *model, "--bandwidth", "fast").err
+    assert "give --devices N, too" in cli("plan", "--bandwidth", "1GB/s").err
