@@ -161,26 +161,11 @@ def _store_partial(d_bias, value, query, key, WINDOW: tl.constexpr, HEADS: tl.co
 
 @triton.jit(do_not_specialize=["windows", "height", "width"])
 def _forward(
-    qkv,
-    bias_table,
-    logit_scale,
-    out,
-    windows,
-    height,
-    width,
-    entry_stride,
-    head_stride,
-    scale,
-    WINDOW: tl.constexpr,
-    SHIFT: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    COSINE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    qkv, bias_table, logit_scale, out,
+    windows, height, width, entry_stride, head_stride, scale,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, COSINE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """out, for one tile of BLOCK_M queries of each window: an online softmax over tiles of BLOCK_N keys.
 
     Where one tile holds all keys, the bias is the same for every window and read once.
@@ -226,30 +211,12 @@ def _forward(
 
 @triton.jit(do_not_specialize=["windows", "height", "width"])
 def _backward(
-    d_out,
-    qkv,
-    bias_table,
-    logit_scale,
-    d_qkv,
-    d_bias,
-    d_logit_scale,
-    windows,
-    height,
-    width,
-    entry_stride,
-    head_stride,
-    scale,
-    WINDOW: tl.constexpr,
-    SHIFT: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    COSINE: tl.constexpr,
+    d_out, qkv, bias_table, logit_scale, d_qkv, d_bias, d_logit_scale,
+    windows, height, width, entry_stride, head_stride, scale,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, COSINE: tl.constexpr,
     BIAS_GRADIENT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """Every gradient of windows that one tile holds; d_bias summed over this program's windows."""
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM
@@ -312,31 +279,11 @@ def _backward(
 
 @triton.jit(do_not_specialize=["windows", "height", "width"])
 def _backward_queries(
-    d_out,
-    qkv,
-    bias_table,
-    logit_scale,
-    d_qkv,
-    d_logit_scale,
-    row_largest,
-    row_inverse,
-    row_delta,
-    windows,
-    height,
-    width,
-    entry_stride,
-    head_stride,
-    scale,
-    WINDOW: tl.constexpr,
-    SHIFT: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    COSINE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    d_out, qkv, bias_table, logit_scale, d_qkv, d_logit_scale, row_largest, row_inverse, row_delta,
+    windows, height, width, entry_stride, head_stride, scale,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, COSINE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """d_q of one tile of BLOCK_M queries, and for the next two kernels each row's largest score, 1 / total and delta.
 
     Twice over the keys: an online softmax that also averages d_p (delta), then d_q.
@@ -407,30 +354,11 @@ def _backward_queries(
 
 @triton.jit(do_not_specialize=["windows", "height", "width"])
 def _backward_keys(
-    d_out,
-    qkv,
-    bias_table,
-    logit_scale,
-    d_qkv,
-    row_largest,
-    row_inverse,
-    row_delta,
-    windows,
-    height,
-    width,
-    entry_stride,
-    head_stride,
-    scale,
-    WINDOW: tl.constexpr,
-    SHIFT: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    COSINE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    d_out, qkv, bias_table, logit_scale, d_qkv, row_largest, row_inverse, row_delta,
+    windows, height, width, entry_stride, head_stride, scale,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, COSINE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """d_k and d_v of one tile of BLOCK_N keys. Scores are transposed here, [keys, queries]."""
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
     CHANNELS: tl.constexpr = HEADS * HEAD_DIM
@@ -477,30 +405,11 @@ def _backward_keys(
 
 @triton.jit(do_not_specialize=["windows", "height", "width"])
 def _backward_bias(
-    d_out,
-    qkv,
-    bias_table,
-    logit_scale,
-    d_bias,
-    row_largest,
-    row_inverse,
-    row_delta,
-    windows,
-    height,
-    width,
-    entry_stride,
-    head_stride,
-    scale,
-    WINDOW: tl.constexpr,
-    SHIFT: tl.constexpr,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    COSINE: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    UPCAST: tl.constexpr,
-):
+    d_out, qkv, bias_table, logit_scale, d_bias, row_largest, row_inverse, row_delta,
+    windows, height, width, entry_stride, head_stride, scale,
+    WINDOW: tl.constexpr, SHIFT: tl.constexpr, HEADS: tl.constexpr, HEAD_DIM: tl.constexpr, COSINE: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,
+):  # fmt: skip
     """One tile of d_bias, summed over this program's windows: the tile's scores are computed once more, which takes less
     than adding every window's gradient to a sum in memory."""
     TOKENS: tl.constexpr = WINDOW[0] * WINDOW[1]
