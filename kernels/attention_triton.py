@@ -413,7 +413,7 @@ BLOCKS = {
     (KEY, 128, True): Blocks(32, 64, 8, 2),
     (KEY, 256, False): Blocks(32, 32, 8, 1),
     (KEY, 256, True): Blocks(16, 32, 8, 1),
-    (BIAS, 64, True): Blocks(64, 64, 8, 1),
+    (BIAS, 64, True): Blocks(64, 32, 8, 1),
     (BIAS, 128, True): Blocks(64, 32, 8, 1),
     (BIAS, 256, True): Blocks(32, 16, 4, 1),
 }
