@@ -505,7 +505,7 @@ def _blocks(kernel: Any, tokens: int, head_dim: int, dtype: torch.dtype) -> _Blo
         wide = head_dim > 64
         return _Blocks(row, row, num_warps=row // 8 if wide else row // 16, num_stages=2, resident=1 if wide else 3)
     if kernel is _forward:
-        return _Blocks(64, 64 if head_dim <= 64 else 32, num_warps=4, num_stages=1, resident=2)
+        return _Blocks(64, 32, num_warps=4, num_stages=1, resident=2)
     if kernel is _backward_keys:
         queries, keys = (32, 64) if head_dim <= 32 else (64, 32) if head_dim <= 64 else (32, 32)
         return _Blocks(queries, keys, num_warps=4, num_stages=1, resident=2)
