@@ -38,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # OpenMP's threads spin while they wait for each other. Next to any other busy process that costs far more than it
     # saves (20 times, measured, on two shared cores). OpenMP reads this when torch is imported, so it is set here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # where one process is lost, the others' sockets print their stacks
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for descriptor in range(3):  # a process started without one would give its number to a file, and print into it
         try:
             os.fstat(descriptor)

@@ -36,7 +36,8 @@ class Processes:
     """Starts ``fastlocal`` with arguments; use as a context manager."""
 
     def __enter__(self) -> Processes:
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        # The log level is what the command line sets for one process of several before it imports torch.
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_CPP_LOG_LEVEL": "ERROR"}
         self._parent = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )
