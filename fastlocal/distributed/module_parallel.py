@@ -93,7 +93,7 @@ class Pipeline:
     def __init__(self, ranks: Ranks, queue: int, device: torch.device) -> None:
         if queue < 1:
             raise ValueError(f"queue must be at least 1, got {queue}.")
-        Pipeline._made += 1
+        Pipeline._made += ranks.modules.size > 1  # a process may have trainers of its own besides
         self._tag = Pipeline._made
         self._ranks, self._queue, self._device = ranks, queue, device
         axis = ranks.modules
