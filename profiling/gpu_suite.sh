@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Measure everything on this machine's card:  bash profiling/gpu_suite.sh [PART ...]
 #
-# Parts: correctness kernels memory throughput caps train (all if none is named). Each writes its rows at once under
+# Parts: correctness kernels memory throughput caps scaling train (all if none is named). Each writes its rows at once under
 # profiling/results/<card>/, stops after BUDGET seconds (default 420) and goes on where it stopped when called again.
 # With no card a tiny CPU subset runs, and each part says what is missing.
 # PYTHON names the interpreter (default: .venv's, else python3); OUTPUT another folder of results.
@@ -13,7 +13,7 @@ main() {
     python=${PYTHON:-$([ -x .venv/bin/python ] && echo "$PWD/.venv/bin/python" || echo python3)}
     budget=${BUDGET:-420}
     output=${OUTPUT:-profiling/results}
-    known="correctness kernels memory throughput caps train"
+    known="correctness kernels memory throughput caps scaling train"
 
     parts=("$@")
     [ $# -gt 0 ] || read -ra parts <<<"$known"

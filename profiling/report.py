@@ -176,6 +176,8 @@ def uncarded(output: Path) -> Iterator[str]:
             pictures = (f"{path.stem}-{name}.png" for name in ("timeline", "pareto", "bus"))
             shown = [f"![{name}](memory/{name})" for name in pictures if (path.parent / name).exists()]
             yield "\n\n".join([f"## Memory: {rows[0]['model']}, batch {rows[0]['batch_size']}", _memory(rows), *shown])
+    if (output / "scaling" / "simulated.md").exists():
+        yield "## Several devices\n\nNot measured: [simulated](scaling/simulated.md) for 2 to 64 devices on four links."
     if (path := output / "traffic" / "report.json").exists():
         content = json.loads(path.read_text())
         blocks = [block_traffic.BlockTraffic(**block) for block in content["blocks"]]

@@ -301,6 +301,7 @@ def plan(argv: list[str]) -> int:
             "host_memory",
             "mixup",
             "cutmix",
+            "queue",
         ),
     ]
     _add_options(parser, only=about_plan)

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import shlex
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import nn
 
-from fastlocal.backbones import backbone
-from fastlocal.planner import NOMINAL, Candidate, Plan, Search, format_bytes, search
-from fastlocal.planner.scaling import Scaling, module_costs, scaling
+from fastlocal.planner import NOMINAL, Candidate, Plan, Search, format_bytes, parse_bytes, search
+from fastlocal.planner.devices import Sharing, sharings
+from fastlocal.planner.scaling import PARTS
 from fastlocal.train.build import build_device, build_model, planned_for, pretrained_configuration, unplanned_options
 from fastlocal.train.config import OPTIONS, TrainConfig
 from fastlocal.train.errors import UserError, printable
@@ -34,20 +36,28 @@ def make_plan(config: TrainConfig, objective: str | None) -> Search:
     """
     if config.memory.budget is None:
         raise UserError("--memory is missing: give the card's, such as --memory 4GiB.")
-    with torch.device("meta"):
-        height, width = pretrained_configuration(config.model.name)["input_size"][-2:]
-        model = build_model(config, 1000, config.model.img_size or (height, width))
-    options = unplanned_options(config, build_device(config))
-    if config.memory.device == "auto" and not torch.cuda.is_available():
-        del options["device"]  # a plan on a machine without a card is for one with a card
     return search(
-        model,
+        _skeleton(config),
         batch_size=config.optimization.batch_size,
         budget=config.memory.budget,
         objective=objective,
         **planned_for(config),
-        **options,
+        **_options(config),
     )
+
+
+def _skeleton(config: TrainConfig) -> nn.Module:
+    """The model, without memory for it."""
+    with torch.device("meta"):
+        height, width = pretrained_configuration(config.model.name)["input_size"][-2:]
+        return build_model(config, 1000, config.model.img_size or (height, width))
+
+
+def _options(config: TrainConfig) -> dict[str, Any]:
+    options = unplanned_options(config, build_device(config))
+    if config.memory.device == "auto" and not torch.cuda.is_available():
+        del options["device"]  # a plan on a machine without a card is for one with a card
+    return options
 
 
 def show(found: Search, config: TrainConfig, as_json: bool) -> int:
@@ -107,9 +117,13 @@ _PASSED_ON = (
 )
 
 
-def command(plan: Plan, config: TrainConfig) -> str:
-    """A complete ``fastlocal train`` command that follows ``plan``; it runs as it is, on random images."""
-    words = ["fastlocal train --data synthetic"]
+def command(plan: Plan, config: TrainConfig, start: str = "", more: Sequence[str] = ()) -> str:
+    """A complete ``fastlocal train`` command that follows ``plan``; it runs as it is, on random images.
+
+    Args:
+        start: what stands before it, and ``more``: options after it.
+    """
+    words = [f"{start}fastlocal train --data synthetic"]
     for option, (_, entry) in OPTIONS.items():
         value = config.get(option)
         given = value != entry.default and value != {}
@@ -123,6 +137,7 @@ def command(plan: Plan, config: TrainConfig) -> str:
     for name, value in {**plan.arguments(), "modules": cuts or 1, "batch_size": plan.batch_size}.items():
         negated = f"--no-{flag(name).removeprefix('--')}"
         words.append(f"{flag(name)} {value}" if not isinstance(value, bool) else flag(name) if value else negated)
+    words += more
     lines = [words[0]]
     for word in words[1:]:
         if len(lines[-1]) + len(word) + 3 > WIDTH:
@@ -187,46 +202,122 @@ def bytes_per_second(text: str) -> float:
 
 
 def show_devices(config: TrainConfig, devices: int, bandwidth: str, as_json: bool) -> int:
-    """Print what ``devices`` devices with links of ``bandwidth`` would gain, simulated; returns 0.
+    """Print what ``devices`` devices with links of ``bandwidth`` would gain and need, simulated.
+
+    Returns:
+        0; 2 if a memory is given and no way of sharing fits it.
 
     Raises:
         UserError: the bandwidth is no rate, or a name is not known.
-        ValueError: what the engine refuses.
+        ValueError: what the engine or the planner refuses.
     """
     rate = bytes_per_second(bandwidth)
-    with torch.device("meta"):
-        height, width = pretrained_configuration(config.model.name)["input_size"][-2:]
-        model = build_model(config, 1000, config.model.img_size or (height, width))
-    objective = config.learning.objective if config.learning.objective != "end-to-end" else "feature"
-    found: dict[str, tuple[int, Scaling]] = {}
-    size = config.optimization.batch_size
-    blocks = len(backbone(model).blocks)
-    for count in dict.fromkeys((min(max(devices, 4), blocks), min(2 * devices, blocks))):
-        costs = module_costs(
-            model, modules=count, objective=objective, batch_size=size, decoder=config.learning.decoder
-        )
-        for one in scaling(costs, devices, rate):
-            if one.way not in found or one.seconds < found[one.way][1].seconds:
-                found[one.way] = (count, one)
-    ranked = sorted(found.values(), key=lambda entry: entry[1].seconds)
+    size, settings = config.optimization.batch_size, planned_for(config)
+    reserve, limit = parse_bytes(settings["reserve"], "reserve", least=0), None
+    if config.memory.budget is not None:
+        limit = parse_bytes(config.memory.budget) - reserve
+    found = sharings(
+        _skeleton(config),
+        devices=devices,
+        bandwidth=rate,
+        batch_size=size,
+        objective=config.learning.objective,
+        limit=limit,
+        host_memory=settings["host_memory"] and parse_bytes(settings["host_memory"], "host_memory"),
+        queue=config.devices.queue,
+        image_dtype=settings["image_dtype"],
+        **_options(config),
+    )
+    local = [one for one in found if one.plans]
+    several = [one for one in local if one.scaling.grid != (1, 1) or devices == 1]
+    best = several[0]
+    alone = next(one for one in local if one.scaling.grid == (1, 1))
+    fits = best.fits is not False
+    as_fast = alone.fits is not False and alone.scaling.speed_up >= best.scaling.speed_up
+    words = _torchrun(*(alone, config, 1) if as_fast else (best, config, devices)) if fits else None
     if as_json:
-        print(json.dumps([{"modules": count, **asdict(one)} for count, one in ranked]))
-        return 0
+        ways = [
+            {**asdict(one.scaling), "cuts": one.cuts, "fits": one.fits, "rank_cuts": one.rank_cuts} for one in found
+        ]
+        for way, one in zip(ways, found, strict=True):
+            way["memory"] = [plan.peak for plan in one.plans]
+        print(json.dumps({"ways": ways, "limit": limit, "simulated": True, "command": words}, default=list))
+        return 0 if fits else 2
     console = Console(width=WIDTH, highlight=False)
-    table = Table(title=f"{devices} devices, {bandwidth}, batch {size}: simulated", box=None, pad_edge=False)
-    for heading in ("", "K", "data × modules", "speed-up", "balance", "sent a step"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    names = {"modules": "--parallel modules", "data": "--parallel data", "both": "both", "pipeline": "exact pipeline"}
-    for count, one in ranked:
-        grid = f"{one.grid[0]} × {one.grid[1]}"
-        sent = f"{one.bytes_sent / 1e6:.1f} MB"
-        table.add_row(names[one.way], str(count), grid, f"{one.speed_up:.2f}", f"{one.balance:.2f}", sent)
-    table.caption = "exact pipeline: 8 parts, bubble (N − 1)/(8 + N − 1)"
-    console.print(table)
-    best = next(one for _, one in ranked if one.way != "pipeline")
-    if best.speed_up <= 1:
-        console.print("One device is as fast: the links cannot carry what would be sent.")
+    console.print(_devices_table(found, f"{devices} devices, {bandwidth}, batch {size}: simulated", limit))
+    console.print("\nTensors on each device, estimated, in GiB:")
+    console.print("\n".join(map(_peaks, local)))
+    console.print(
+        "\nMesh: devices along data × modules. Speed: of plain training on one device.\n"
+        f"Exact pipeline (GPipe, 1F1B): a bubble of (S − 1)/(M + S − 1), {devices - 1}/{PARTS + devices - 1} for S = {devices}"
+        f" stages and M = {PARTS} parts of a batch.\nLocal modules have none."
+    )
+    if limit is not None and not fits:
+        room = f"{format_bytes(limit + reserve)} less {format_bytes(reserve)} of reserve"
+        least = format_bytes(min(one.peak for one in several) + reserve, up=True)
+        console.print(f"Nothing fits {room} on {devices} devices; the smallest cards that would do have ≈{least} each.")
+        return 2
+    if as_fast:
+        console.print(f"One device is as fast: the links cannot carry what would be sent.\n\n{words}")
     else:
-        more = f" --data-parallel {best.grid[0]}" if best.way == "both" else ""
-        console.print(f"Choose {names['modules' if best.way == 'both' else best.way]}{more}.")
+        alone_does = " It does not fit one device." if alone.fits is False else ""
+        console.print(
+            f"Choose {_flags(best)}: ≈{format_bytes(best.peak)} on the fullest device.{alone_does}\n\n{words}"
+        )
     return 0
+
+
+NAMES = {"modules": "modules", "data": "data", "both": "both", "pipeline": "exact pipeline"}
+
+
+def _name(one: Sharing) -> str:
+    return "one device" if one.scaling.grid == (1, 1) else NAMES[one.scaling.way]
+
+
+def _devices_table(found: list[Sharing], title: str, limit: int | None) -> Table:
+    """Speed, balance, bytes sent and memory of each way; with a limit, whether it fits."""
+    table = Table(title=title, title_justify="left", box=None, pad_edge=False)
+    for heading in ("", "K", "mesh", "speed", "balance", "sent", "memory", ""):
+        table.add_column(heading, justify="right" if heading else "left", no_wrap=True)
+    for one in found:
+        about = one.scaling
+        over = one.peak - limit if one.plans and limit is not None else 0
+        table.add_row(
+            _name(one),
+            str(len(one.cuts) + 1),
+            f"{about.grid[0]} × {about.grid[1]}",
+            f"{about.speed_up:.2f} ×",
+            f"{about.balance:.2f}",
+            "–" if not about.bytes_sent else _decimal(about.bytes_sent),
+            format_bytes(one.peak) if one.plans else "–",
+            "" if one.fits is None else "fits" if one.fits else f"{format_bytes(over)} over",
+        )
+    return table
+
+
+def _decimal(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def _peaks(one: Sharing) -> str:
+    """What each device along the modules holds, in GiB of tensors; those along "data" hold the same."""
+    peaks = " ".join(f"{plan.peak / 2**30:.2f}" for plan in one.plans)
+    rows, columns = one.scaling.grid
+    return f"  {_name(one)}, {rows} × {columns}: {peaks}" + (f", each {rows} times" if rows > 1 else "")
+
+
+def _flags(one: Sharing) -> str:
+    """What says on the command line that the work is shared like this."""
+    rows, columns = one.scaling.grid
+    return f"--parallel {'data' if columns == 1 else 'modules'}" + f" --data-parallel {rows}" * (min(rows, columns) > 1)
+
+
+def _torchrun(one: Sharing, config: TrainConfig, devices: int) -> str:
+    """The command that trains as ``one``."""
+    whole = replace(one.plans[0], cuts=one.cuts, batch_size=config.optimization.batch_size)
+    more = [_flags(one)] if devices > 1 else []
+    more += [f"--rank-cuts {','.join(map(str, one.rank_cuts))}"] if one.rank_cuts else []
+    waiting = config.devices.queue
+    more += [f"--queue {waiting}"] if one.rank_cuts and waiting != OPTIONS["queue"][1].default else []
+    start = f"torchrun --nproc-per-node {devices} -m " if devices > 1 else ""
+    return command(whole, config, start, more)

@@ -89,9 +89,13 @@ class Cut:
     """The parts of a model, cut into ``modules``, and what a step over them costs.
 
     Args:
+        modules: consecutive ones; all of the model's, or those that one of several devices has.
         states: bytes of optimizer state per byte of trained weights.
         extra: bytes on the device whatever the plan (a moving average, say), or on the host with residency="module".
         foreach: whether the optimizer steps on all parameters at once, with temporaries as large as they are.
+        buffers: bytes on the device whatever the plan: messages to and from other devices, what enters the first module
+            and images among them if that is not the model's first.
+        passes_images: whether a module on a later device reads the images.
     """
 
     def __init__(
@@ -103,12 +107,15 @@ class Cut:
         states: float,
         extra: int,
         foreach: bool,
+        buffers: int = 0,
+        passes_images: bool = False,
     ) -> None:
         self.needs_whole_batch = any(module.batch_norms for module in modules)
         self.profile, self.objective, self.batch_size = profile, objective, batch_size
         self.spans = [module.span for module in modules]
-        self.states, self.extra, self.foreach = states, extra, foreach
+        self.states, self.extra, self.foreach, self.buffers = states, extra, foreach, buffers
         self.reads_image = [module.reads_image for module in modules]
+        self._passes_images = passes_images
         self.measures_residual = [module.measure_residual for module in modules]
         self._heads = [profile.heads(module, objective) if module.heads else None for module in modules]
         self.parts = [self._parts(k) for k in range(len(modules))]
@@ -120,10 +127,10 @@ class Cut:
 
     def _parts(self, k: int) -> list[Cost]:
         """Stem, blocks and heads of module ``k``."""
-        last = k == len(self.spans) - 1
-        heads = self.profile.head if last else self._heads[k]
-        blocks = [self.profile.blocks[i] for i in self.spans[k]]
-        return [*([self.profile.stem] if k == 0 else []), *blocks, *([heads] if heads is not None else [])]
+        span = self.spans[k]
+        heads = self.profile.head if self._is_last(k) else self._heads[k]
+        blocks = [self.profile.blocks[i] for i in span]
+        return [*([self.profile.stem] if span.start == 0 else []), *blocks, *([heads] if heads is not None else [])]
 
     def plan(
         self,
@@ -186,9 +193,14 @@ class Cut:
     def _trained(self) -> list[int]:
         return [sum(part.trained for part in parts) for parts in self.parts]
 
+    def _is_last(self, k: int) -> bool:
+        """Whether module ``k`` is the model's last."""
+        return self.spans[k].stop == len(self.profile.blocks)
+
     def _boundary(self, k: int) -> int:
         """Bytes of a sample of what enters module ``k``."""
-        return self.profile.boundary(self.spans[k].start) if k else self.profile.image
+        start = self.spans[k].start
+        return self.profile.boundary(start) if start else self.profile.image
 
     def _peak(
         self,
@@ -203,7 +215,7 @@ class Cut:
         held: list[float] = list(self._owned)
         if weights == "low":
             held = [own - castable / 2 for own, castable in zip(held, self._castable, strict=True)]
-        everything: float = self.extra if residency != "module" else 0
+        everything: float = self.buffers + (self.extra if residency != "module" else 0)
         everything += {"all": sum(self._owned) + self.states * sum(self._trained), "optimizer": sum(self._owned)}.get(
             residency, 0
         )
@@ -234,12 +246,14 @@ class Cut:
 
     def _standing(self, k: int, micro_batch: int, boundaries: Home) -> float:
         """Bytes of the boundaries that are on the device while module ``k`` learns."""
-        entering = self._boundary(k)
-        following = self._boundary(k + 1) if k + 1 < len(self.spans) else 0
+        received = self.spans[0].start > 0  # then what enters the first module, and the images, lie in a buffer
+        entering = 0 if received and k == 0 else self._boundary(k)
+        following = 0 if self._is_last(k) else self.profile.boundary(self.spans[k].stop)
         if boundaries == "host":
             return micro_batch * (2 * entering + 2 * following)
         if not self.objective.exact:
-            images = self.profile.image if k and any(self.reads_image[k:]) else 0
+            read = self._passes_images or any(self.reads_image[k:])
+            images = self.profile.image if k and read and not received else 0
             return self.batch_size * (images + entering + following)
         alive = sum(self._boundary(i) for i in range(k + 1))
         return self.batch_size * (alive + following + (entering if k else 0))

@@ -165,7 +165,7 @@ def search(
     limit = memory - kept
     with dry.dry_run():
         cuts = list(_cuts(model, batch_size, objective, foreach, options, say))
-        ways = [way for cut in cuts for way in _ways(cut, card, options)]
+        ways = [way for cut in cuts for way in ways_to_train(cut, card, options)]
         whole = next((cut for cut in cuts if cut.objective.exact and not cut.cuts), None)
         affordable = [way for way in ways if host is None or way.host <= host]
 
@@ -228,16 +228,9 @@ def _cuts(
     view = backbone(copied)
     amp_dtype = options["amp_dtype"]
     profile = Profile(view, amp_dtype, say)
-    made_of = ModuleOptions(
-        options.get("decoder", "linear"),
-        options.get("head", AuxiliaryHead),
-        options.get("reconstruction", "mse"),
-        options.get("normalize_target", False),
-        options.get("lookahead", 0),
-        "none",
-    )
+    made_of = module_options(options)
     states = state_share(options.get("optimizer") or adamw)
-    extra = sum(p.nbytes for p in copied.parameters()) if options.get("ema_decay") is not None else 0
+    extra = average_bytes(copied, options)
     exact = OBJECTIVES["end-to-end"].name
     for name in dict.fromkeys((exact, "feature") if objective is None else (objective,)):
         if name not in OBJECTIVES:
@@ -246,6 +239,23 @@ def _cuts(
         for spans in _spans(view, target.exact):
             modules = build_modules(view, spans, view.logits[-1], target, made_of)
             yield Cut(profile, target, modules, batch_size, states, extra, foreach)
+
+
+def module_options(options: dict[str, Any]) -> ModuleOptions:
+    """What of ``options``, arguments of `LocalTrainer`, local modules are made of."""
+    return ModuleOptions(
+        options.get("decoder", "linear"),
+        options.get("head", AuxiliaryHead),
+        options.get("reconstruction", "mse"),
+        options.get("normalize_target", False),
+        options.get("lookahead", 0),
+        "none",
+    )
+
+
+def average_bytes(model: nn.Module, options: dict[str, Any]) -> int:
+    """Bytes of the moving average of ``model``, if ``options`` ask for one."""
+    return sum(p.nbytes for p in model.parameters()) if options.get("ema_decay") is not None else 0
 
 
 def state_share(make: Callable[..., torch.optim.Optimizer]) -> float:
@@ -275,7 +285,7 @@ def _spans(view: Backbone, exact: bool) -> list[tuple[range, ...]]:
     return list(dict.fromkeys(found))
 
 
-def _ways(cut: Cut, card: Card, options: dict[str, Any]) -> Iterator[Plan]:
+def ways_to_train(cut: Cut, card: Card, options: dict[str, Any]) -> Iterator[Plan]:
     """All ways to train ``cut``."""
     sizes = [cut.batch_size]
     while sizes[-1] > 1 and not cut.needs_whole_batch:  # BatchNorm needs the batch whole

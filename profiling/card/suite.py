@@ -222,6 +222,36 @@ def caps(output: Path, budget: float | None) -> int:
     return bench([*options, "--cap", "4MiB", "--model", TINY_MODEL, "--batch-size", str(TINY_BATCH)])
 
 
+def scaling(output: Path, budget: float | None) -> int:
+    """``bench scaling`` of two and of four cards; without a card of two processes, at the smallest settings."""
+    import torch
+
+    cards = torch.cuda.device_count()
+    if cards == 1:
+        print("Missing with one card: what several gain, and what they send.")
+        return 0
+    folder = results.card_folder(output)
+    campaign = Campaign(folder / "suite.jsonl", budget)
+    small: list[str] = []
+    if not cards:
+        print("Missing without two cards: nccl, and every figure that means something.")
+        small = ["--batch-size", "8", "--rounds", "1", "--steps", "2"]
+    jobs = [
+        ({"bench": "suite", "part": "scaling", "job": f"{count} processes"}, count)
+        for count in (2, 4)
+        if count <= max(cards, 2)
+    ]
+    code = 0
+    for count in campaign.todo(jobs):
+        begun = time.perf_counter()
+        failed = bench(["scaling", "--processes", str(count), "--output", str(folder), *small])
+        code = code or failed
+        if not failed:
+            job = {"bench": "suite", "part": "scaling", "job": f"{count} processes"}
+            campaign.add({**job, "seconds": time.perf_counter() - begun})
+    return code
+
+
 def train(output: Path, budget: float | None) -> int:
     """Short real trainings: digits, local and exact, through ``fastlocal train``'s own loop."""
     missing = [name for name in ("timm", "yaml", "safetensors", "rich") if importlib.util.find_spec(name) is None]
@@ -277,6 +307,7 @@ PARTS: dict[str, Callable[[Path, float | None], int]] = {
     "memory": meter,
     "throughput": throughput,
     "caps": caps,
+    "scaling": scaling,
     "train": train,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import timm
@@ -12,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 import fastlocal
 from fastlocal.distributed.data_parallel import share_of
+from fastlocal.memory import Meter
 
 SWIN: dict[str, Any] = {
     "img_size": 16,
@@ -181,3 +183,45 @@ def initial(shape: dict[str, int]) -> dict[str, Any]:
     assert trainer.ema is not None
     heads = [module.heads.state_dict() for module in trainer.modules]
     return {"model": model.state_dict(), "average": trainer.ema.module.state_dict(), "heads": heads}
+
+
+def measured(
+    shape: dict[str, int],
+    family: str,
+    pause: float = 0.0,
+    steps: int = 2,
+    model: dict[str, Any] | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Bytes handed over in a step, its seconds, and the most that tensors took in it; each module sleeps as it is trained.
+
+    Args:
+        pause: seconds that a whole batch of a module takes at least.
+    """
+    mesh = init_device_mesh("cpu", tuple(shape.values()), mesh_dim_names=tuple(shape))
+    trainer = fastlocal.LocalTrainer(build(family, **(model or {})), mesh=mesh, **options)
+    rows, rank = trainer.ranks.data.size, trainer.ranks.data.rank
+    (images, labels), *_ = batches(2, 8, False)
+    share = share_of(len(images), rank, rows)
+    trainer.on_module_end = lambda *_: time.sleep(pause / rows)
+
+    def given() -> tuple[Tensor, ...]:
+        return (images[share], labels[share]) if trainer.ranks.modules.rank == 0 else ()
+
+    def handed_over() -> tuple[int, int]:
+        reducer = trainer.engine._reducer
+        return trainer.pipeline.sent, reducer.sent if reducer is not None else 0
+
+    trainer.step(*given())
+    before, begun = handed_over(), time.perf_counter()
+    for _ in range(steps):
+        trainer.step(*given())
+    seconds = (time.perf_counter() - begun) / steps
+    sent, reduced = ((b - a) // steps for a, b in zip(before, handed_over(), strict=True))
+    queued = [buffer for buffer, _ in (*trainer.pipeline._incoming, *trainer.pipeline._outgoing)]
+    own = [trainer.modules[k] for k in trainer.own]
+    optimizers = [o for k in trainer.own if (o := trainer.engine.optimizers[k]) is not None]
+    with Meter(*own, *optimizers, *queued, trainer.pipeline._read, *given()) as meter:
+        trainer.step(*given())
+    trainer.close()
+    return {"sent": sent, "reduced": reduced, "seconds": seconds, "peak": meter.peak}

@@ -10,9 +10,12 @@ import torch
 from engine import distributed
 from team import Team
 
+from fastlocal import memory
 from fastlocal.distributed.data_parallel import share_of
 from fastlocal.distributed.module_parallel import assign
 from fastlocal.objectives import OBJECTIVES
+from fastlocal.planner.devices import Divided
+from fastlocal.planner.scaling import ModuleCost, scaling
 
 TRAIN = "engine.distributed:train"
 PLAIN = {"drop_path_rate": 0.0}  # processes draw masks of their own
@@ -164,6 +167,55 @@ def test_nothing_flows_backwards(four: Team) -> None:
         else:  # features, images and labels, and 512 bytes that say what is there
             boundary = 8 * (8 >> rank) ** 2 * (8 << rank) * 4
             assert sent == {rank + 1: header + boundary + labels + (images if rank < 2 else 0)}
+
+
+MESHES = [
+    ({"data": 1, "modules": 2}),
+    ({"data": 2, "modules": 1}),
+    ({"data": 2, "modules": 2}),
+    ({"data": 1, "modules": 4}),
+]
+
+
+@pytest.mark.parametrize("objective", ["feature", "image"])
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"{mesh['data']} x {mesh['modules']}")
+def test_the_planner_knows_what_is_sent_and_held(two: Team, four: Team, mesh: dict[str, int], objective: str) -> None:
+    """Bytes are those that the processes hand over; memory is estimated, never too low, at most a quarter too high."""
+    rows, columns = mesh["data"], mesh["modules"]
+    larger = {"embed_dim": 64, "depth": 8}
+    with memory.dry_run():
+        model = distributed.build("vit", **larger)
+        divided = Divided(model, 4, objective, 8, amp_dtype=None, device="cpu", kernels="reference")
+        (grid,) = [
+            g for g in scaling(divided.costs, rows * columns, 1e9) if g.grid == (rows, columns) and g.way != "pipeline"
+        ]
+        sharing = divided.share(grid, queue=2)
+    cuts = {"rank_cuts": list(sharing.rank_cuts)} if columns > 1 else {}
+    team = two if rows * columns == 2 else four
+    found = team.run("engine.distributed:measured", mesh, "vit", model=larger, objective=objective, modules=4, **cuts)
+    ring, most = 2 * (rows - 1) / rows, 0.0
+    for rank, real in enumerate(found):
+        span, plan = grid.spans[rank % columns], sharing.plans[rank % columns]
+        assert real["sent"] == (divided.costs[span.stop - 1].message(rows) if span.stop < 4 else 0)
+        assert real["reduced"] == (sum(divided.costs[k].weights for k in span) if rows > 1 else 0)
+        assert real["peak"] <= plan.peak < 1.25 * real["peak"]
+        most = max(most, real["sent"] + ring * real["reduced"])
+    assert grid.bytes_sent == most
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"{mesh['data']} x {mesh['modules']}")
+def test_the_planner_knows_how_long_a_step_takes(two: Team, four: Team, mesh: dict[str, int]) -> None:
+    """Modules that sleep take their time on any machine; a step that is not shared as predicted takes twice as long."""
+    team = two if mesh["data"] * mesh["modules"] == 2 else four
+    pause = 0.2
+    cost = ModuleCost(seconds=pause, sent=(8 * 17 * 16 * 4, 0, 64), weights=1e5)
+    (predicted,) = [
+        one for one in scaling([cost] * 4, team.size, 1e9) if one.grid == tuple(mesh.values()) and one.way != "pipeline"
+    ]
+    cuts = {"rank_cuts": list(range(4 // mesh["modules"], 4, 4 // mesh["modules"]))} if mesh["modules"] > 1 else {}
+    found = team.run("engine.distributed:measured", mesh, "vit", pause=pause, steps=4, modules=4, **cuts)
+    slowest = max(real["seconds"] for real in found)
+    assert 0.7 * predicted.seconds < slowest < 1.7 * predicted.seconds
 
 
 def test_what_is_refused(two: Team) -> None:

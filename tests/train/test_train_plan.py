@@ -83,9 +83,61 @@ def test_several_devices_are_simulated(cli: Callable[..., Any]) -> None:
     told = cli("plan", *model, "--bandwidth", "100GB/s")
     assert told.code == 0
     assert "simulated" in told.out
-    assert "--parallel modules" in told.out
     assert "exact pipeline" in told.out
+    assert "a bubble of (S − 1)/(M + S − 1), 1/9 for S = 2" in told.out
     assert "Choose --parallel" in told.out
-    assert "One device is as fast" in cli("plan", *model, "--bandwidth", "1 Mbit/s").out
+    assert "torchrun --nproc-per-node 2 -m fastlocal train" in told.out
+    assert all(len(line) <= 80 for line in told.out.splitlines())
+    slow = cli("plan", *model, "--bandwidth", "1 Mbit/s").out
+    assert "One device is as fast" in slow
+    assert "torchrun" not in slow
     assert "--bandwidth must be a rate" in cli("plan", *model, "--bandwidth", "fast").err
     assert "give --devices N, too" in cli("plan", "--bandwidth", "1GB/s").err
+
+
+def test_each_of_several_devices_must_fit_the_memory(cli: Callable[..., Any]) -> None:
+    model = ["--model", "vit_tiny_patch16_224", "--batch-size", 64, "--devices", 4, "--bandwidth", "100MB/s"]
+    asked = [*model, "--reserve", 0, "--json"]
+    ways = {limit: json.loads(cli("plan", *asked, "--memory", limit).out) for limit in ("1GiB", "80MiB")}
+    for limit, size in (("1GiB", 2**30), ("80MiB", 80 * 2**20)):
+        local = [way for way in ways[limit]["ways"] if way["memory"]]
+        assert all(way["fits"] == (max(way["memory"]) <= size) for way in local)
+        assert {tuple(way["grid"]) for way in local} == {(1, 4), (2, 2), (4, 1), (1, 1)}
+        assert all(len(way["memory"]) == way["grid"][1] for way in local)
+        best = next(way for way in local if way["fits"])
+        assert max(best["memory"]) <= size
+    generous, tight = ({tuple(way["grid"]): way for way in ways[limit]["ways"] if way["memory"]} for limit in ways)
+    assert max(generous[1, 4]["memory"]) < generous[1, 1]["memory"][0]
+    assert tight[1, 4]["speed_up"] < generous[1, 4]["speed_up"]  # smaller parts, recomputation: said, not hidden
+    more = json.loads(cli("plan", *asked, "--memory", "1GiB", "--queue", 4).out)["ways"]
+    (waiting,) = [way for way in more if way["grid"] == [1, 4] and way["memory"]]
+    assert max(waiting["memory"]) > max(generous[1, 4]["memory"])
+
+    nothing = cli("plan", *model, "--memory", "513MiB")
+    assert nothing.code == 2
+    assert "Nothing fits 513 MiB less 512 MiB of reserve on 4 devices" in " ".join(nothing.out.split())
+    assert " over" in nothing.out
+    assert "torchrun" not in nothing.out
+
+
+def test_exact_gradients_are_shared_by_data_alone(cli: Callable[..., Any]) -> None:
+    model = ["--model", "vit_tiny_patch16_224", "--batch-size", 8, "--devices", 2, "--objective", "end-to-end"]
+    told = cli("plan", *model, "--bandwidth", "100GB/s")
+    assert "Choose --parallel data" in told.out
+    assert "--objective end-to-end" in told.out
+    assert "modules " not in told.out.split("Mesh")[0]
+    assert "1 images are too few for 2 devices" in cli("plan", *model, "--batch-size", 1).err
+
+
+def test_the_command_for_several_devices_is_one_that_train_takes(
+    cli: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = ["--model", "vit_base_patch16_224", "--batch-size", 8, "--devices", 4, "--queue", 3, "--memory", "4GiB"]
+    command = json.loads(cli("plan", *model, "--bandwidth", "10 Gbit/s", "--json").out)["command"]
+    start, _, rest = command.partition("-m ")
+    assert start == "torchrun --nproc-per-node 4 "
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    config = config_of(rest)
+    assert (config.devices.parallel, config.devices.data_parallel, config.devices.queue) == ("modules", 1, 3)
+    assert config.devices.rank_cuts is not None
+    assert len(config.devices.rank_cuts) == 3
