@@ -216,7 +216,7 @@ def show_devices(config: TrainConfig, devices: int, bandwidth: str, as_json: boo
     reserve, limit = parse_bytes(settings["reserve"], "reserve", least=0), None
     if config.memory.budget is not None:
         limit = parse_bytes(config.memory.budget) - reserve
-    found = sharings(
+    found, obstacles = sharings(
         _skeleton(config),
         devices=devices,
         bandwidth=rate,
@@ -247,6 +247,8 @@ def show_devices(config: TrainConfig, devices: int, bandwidth: str, as_json: boo
     console.print(_devices_table(found, f"{devices} devices, {bandwidth}, batch {size}: simulated", limit))
     console.print("\nTensors on each device, estimated, in GiB:")
     console.print("\n".join(map(_peaks, local)))
+    if obstacles:
+        console.print(f"\nLeft out: {'; '.join(obstacles)}.")
     console.print(
         "\nMesh: devices along data × modules. Speed: of plain training on one device.\n"
         f"Exact pipeline (GPipe, 1F1B): a bubble of (S − 1)/(M + S − 1), {devices - 1}/{PARTS + devices - 1} for S = {devices}"

@@ -200,7 +200,7 @@ def sharings(
     host_memory: int | None = None,
     queue: int = 2,
     **options: Any,
-) -> list[Sharing]:
+) -> tuple[list[Sharing], list[str]]:
     """The best of each way of sharing over ``devices``, and one device alone, the fastest that fits first.
 
     Args:
@@ -209,6 +209,9 @@ def sharings(
         host_memory: bytes of host memory that all devices together may use, as in one machine; None is all.
         queue: as for `LocalTrainer`.
         options: as for `Divided`.
+
+    Returns:
+        Them, and why others are left out.
 
     Raises:
         ValueError: an argument is not one of the above, or no way of sharing is possible; the sentence says why.
@@ -238,7 +241,7 @@ def sharings(
                 best[key] = min(best.get(key, one), one, key=_merit)
     if not any(one.plans and one.scaling.grid != (1, 1) for one in best.values()) and devices > 1:
         raise ValueError(f"devices: {devices} devices cannot share this: {'; '.join(obstacles)}.")
-    return sorted(best.values(), key=_merit)
+    return sorted(best.values(), key=_merit), list(obstacles)
 
 
 def _merit(one: Sharing) -> tuple[bool, float]:

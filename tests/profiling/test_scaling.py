@@ -66,7 +66,8 @@ def test_the_simulated_table_says_what_the_planner_says(tmp_path: Path, capsys: 
     with torch.device("meta"):
         model = timm.create_model(name)
     planned: dict[str, Any] = {}
-    for one in sharings(model, devices=4, bandwidth=simulated.LINKS["10 Gbit/s"], batch_size=16):
+    found, _ = sharings(model, devices=4, bandwidth=simulated.LINKS["10 Gbit/s"], batch_size=16)
+    for one in found:
         if one.scaling.grid != (1, 1):
             planned.setdefault(one.scaling.way, one)
     assert set(row["ways"]) == set(planned) == {"modules", "data", "both", "pipeline"}
