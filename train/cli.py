@@ -38,8 +38,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     # OpenMP's threads spin while they wait for each other. Next to any other busy process that costs far more than it
     # saves (20 times, measured, on two shared cores). OpenMP reads this when torch is imported, so it is set here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:  # where one process is lost, the others' sockets print their stacks
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    if (
+        int(os.environ.get("WORLD_SIZE", "1")) > 1
+    ):  # where one process is lost, torch's sockets in the others print stacks
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     for descriptor in range(3):  # a process started without one would give its number to a file, and print into it
         try:
             os.fstat(descriptor)
@@ -132,6 +134,7 @@ def train(argv: list[str]) -> int:
         from fastlocal.distributed import RankLost
         from fastlocal.train import loop
         from fastlocal.train.ranks import to_resume
+        from fastlocal.train.watch import SAVED
 
         if config is not None and preview is not None:
             loop.preview(config, preview)
@@ -145,7 +148,7 @@ def train(argv: list[str]) -> int:
             first = str(error).partition(". ")[0]
             raise UserError(f"{first}: try a smaller --micro-batch, --recompute block or --residency module.") from None
         except RankLost as error:
-            raise StoppedError(f"{error} What was saved last can be resumed.") from None
+            raise StoppedError(f"{error} {SAVED}") from None
 
 
 def _recipe(name: str, given: dict[str, Any]) -> dict[str, Any]:

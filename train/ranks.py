@@ -26,6 +26,7 @@ from fastlocal.train.errors import UserError
 from fastlocal.train.options.values import flag
 from fastlocal.train.report import Report
 from fastlocal.train.signals import StopRequest
+from fastlocal.train.watch import JOIN, joined_store, watched
 
 T = TypeVar("T")
 
@@ -79,15 +80,22 @@ def joined(config: TrainConfig) -> Iterator[Crew]:
         raise UserError(f"--data-parallel {rows} does not divide the {count} processes that torchrun started.")
     card = config.memory.device != "cpu" and torch.cuda.is_available()
     timeout = timedelta(seconds=options.timeout)
-    ranks = Ranks()
-    with ranks.waiting():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if card else "gloo", timeout=timeout)
-        mesh = init_device_mesh("cuda" if card else "cpu", (rows, count // rows), mesh_dim_names=("data", "modules"))
-    crew = Crew(mesh, Ranks(mesh, options.timeout))
-    theirs = {flag(name): value for name, value in config.to_dict().items() if name not in OWN}
-    crew.ranks.check_same(theirs)
-    yield crew
-    dist.destroy_process_group()  # not after an error: others may be gone, and it would wait for them
+    with contextlib.ExitStack() as watch:
+        rank = int(os.environ.get("RANK", "0"))
+        with Ranks(timeout=JOIN).waiting():
+            store = joined_store(rank)
+            watch.enter_context(watched(store, rank, count))
+        with Ranks(timeout=options.timeout).waiting():
+            store.set_timeout(timeout)
+            backend = "cpu:gloo,cuda:nccl" if card else "gloo"
+            dist.init_process_group(backend, store=store, rank=rank, world_size=count, timeout=timeout)
+            shape = (rows, count // rows)
+            mesh = init_device_mesh("cuda" if card else "cpu", shape, mesh_dim_names=("data", "modules"))
+        crew = Crew(mesh, Ranks(mesh, options.timeout))
+        theirs = {flag(name): value for name, value in config.to_dict().items() if name not in OWN}
+        crew.ranks.check_same(theirs)
+        yield crew
+        dist.destroy_process_group()  # not after an error: others may be gone, and it would wait for them
 
 
 class Crew:

@@ -30,6 +30,8 @@ DIMENSIONS = ("data", "modules")
 class RankLost(RuntimeError):
     """Another process of the run has ended, or did not answer in time."""
 
+    ENDED = "another process of this run has ended or lost its connection, so this one stops as well."
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -100,16 +102,15 @@ class Ranks:
         """
         try:
             yield
-        except RuntimeError as error:  # torch's and gloo's errors have no narrower class in common
+        except (RuntimeError, OSError) as error:  # torch's and gloo's errors have no narrower class in common
             if isinstance(error, RankLost):
                 raise
-            late = "imed out" in str(error) or "imeout" in str(error)
-            what = (
-                f"did not answer for {self.timeout.total_seconds():g} seconds"
-                if late
-                else "has ended or lost its connection"
-            )
-            raise RankLost(f"another process of this run {what}, so this one stops as well.") from error
+            if "imed out" not in str(error) and "imeout" not in str(error):
+                raise RankLost(RankLost.ENDED) from error
+            seconds = f"{self.timeout.total_seconds():g} seconds"
+            raise RankLost(
+                f"another process of this run did not answer for {seconds}, so this one stops as well."
+            ) from error
 
     def check_same(self, ours: Mapping[str, Any]) -> None:
         """Refuse processes that were started with different arguments; each argument is compared by its ``repr``.

@@ -8,7 +8,7 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,12 @@ PATIENCE = 60  # seconds in which the others must have stopped
 
 
 class Crew:
-    """``size`` processes of one command."""
+    """``size`` processes of one command.
+
+    Args:
+        each: more arguments, for each process.
+        code: Python that a process runs first, by rank.
+    """
 
     def __init__(
         self,
@@ -33,6 +38,7 @@ class Crew:
         size: int,
         arguments: Sequence[object],
         each: Sequence[Sequence[object]] = (),
+        code: Mapping[int, str] | None = None,
         **env: Any,
     ) -> None:
         with socket.socket() as free:
@@ -51,10 +57,10 @@ class Crew:
                 "MASTER_PORT": port,
             }
             environment = {name: str(value) for name, value in {**about, **env}.items()}
-            code = f"import os; os.environ.update({environment!r})"
+            first = f"import os; os.environ.update({environment!r})\n{(code or {}).get(rank, '')}"
             own = each[rank] if each else []
             self.members.append(
-                processes.start([*arguments, *own], stderr=self.errors / str(rank), code=code, deadline=200)
+                processes.start([*arguments, *own], stderr=self.errors / str(rank), code=first, deadline=200)
             )
 
     def kill(self, rank: int, number: int = signal.SIGKILL) -> None:

@@ -142,6 +142,33 @@ def test_the_others_stop_when_one_is_killed(
     assert codes == [143, 143], errors
 
 
+@pytest.mark.parametrize(
+    ("victim", "places"),
+    [
+        (0, ("joined_store", "dist.init_process_group", "Crew")),
+        (2, ("joined_store", "watched", "init_device_mesh", "dist.new_group")),
+    ],
+)
+def test_the_others_stop_when_one_is_killed_while_it_joins_them(
+    processes: Processes, tmp_path: Path, victim: int, places: tuple[str, ...]
+) -> None:
+    hurry = "from fastlocal.train import ranks, watch; watch.GRACE = 0.5; watch.JOIN = ranks.JOIN = 3.0"
+    for place in places:
+        dies = f"import os, signal; ranks.{place} = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)"
+        code = {rank: f"{hurry}; {dies}" if rank == victim else hurry for rank in range(4)}
+        begun = time.monotonic()
+        codes, errors = Crew(processes, 4, flags(tmp_path, "run", *BOTH), code=code).wait()
+        assert time.monotonic() - begun < 20, place
+        assert codes.pop(victim) == -signal.SIGKILL, place
+        assert errors.pop(victim) == "", place
+        assert codes == [143] * 3, (place, errors)
+        for told in errors:
+            assert told.startswith("error: another process of this run "), place
+            assert told.endswith(", so this one stops as well. What was saved last can be resumed.\n"), place
+            assert told.count("\n") == 1, place
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_process_that_hangs_is_noticed(processes: Processes, tmp_path: Path) -> None:
     for name, sharing in (("data", []), ("modules", MODULES)):
         command = flags(tmp_path, name, "--epochs", 500, "--recovery-interval", 1, "--timeout", 3, *sharing)

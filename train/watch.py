@@ -1,0 +1,147 @@
+"""Notices that another process of the run is gone, whatever this one waits for.
+
+        process 1 ──┐
+        process 2 ──┼── process 0        a connection each, which the system closes when the process at its other end dies
+        process 3 ──┘
+
+torch.distributed notices such an end only between processes that are connected already, and not while a card computes: where
+groups are being made, or on nccl, a process would wait until ``--timeout``. So these connections come before any group. A
+process that leaves well says so first; when a connection closes without that, process 0 closes the others, and all stop.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from multiprocessing.connection import wait
+
+from torch.distributed import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
+
+from fastlocal.distributed import RankLost
+from fastlocal.train.errors import StoppedError
+
+JOIN = 45.0  # seconds after which a process that has not started counts as lost
+GRACE = 10.0  # seconds in which a process may come to notice by itself, and end as usual
+KEEPALIVE = {
+    "TCP_KEEPIDLE": 10,
+    "TCP_KEEPALIVE": 10,
+    "TCP_KEEPINTVL": 5,
+    "TCP_KEEPCNT": 3,
+}  # finds a machine that is gone
+SAVED = "What was saved last can be resumed."
+KEY, LEAVES = "fastlocal", b"."
+
+
+def joined_store(rank: int) -> Store:
+    """The store that torchrun, or process 0, keeps for all processes.
+
+    Raises:
+        TimeoutError: it cannot be reached.
+        RuntimeError: another process has not come.
+        ValueError: it is not said where it is.
+    """
+    deadline = time.monotonic() + JOIN
+    address = os.environ.get("MASTER_ADDR", ""), int(os.environ.get("MASTER_PORT", "0"))
+    while rank and all(address):  # torch tries for longer than it is told, and keeps signals waiting
+        try:
+            socket.create_connection(address, timeout=JOIN).close()
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                raise TimeoutError("timed out") from None
+            time.sleep(0.1)
+    store, *_ = next(rendezvous("env://", timeout=timedelta(seconds=JOIN)))
+    # When torchrun starts processes again, its store still has what those before them said.
+    return PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+@contextlib.contextmanager
+def watched(store: Store, rank: int, size: int) -> Iterator[None]:
+    """End this process, with the sentence and the exit code of `RankLost`, if it does not end by itself after another did.
+
+    Args:
+        store: where process 0 says at what port it listens.
+
+    Raises:
+        TimeoutError: another process has not come.
+    """
+    ends = _accepted(store, size - 1) if rank == 0 else [_connected(store)]
+    for end in ends:
+        end.settimeout(None)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in KEEPALIVE.items():
+            if hasattr(socket, name):
+                end.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=end.close)  # workers that read data may outlive the process for a while
+    leaving = threading.Event()
+    thread = threading.Thread(target=_watch, args=(list(ends), leaving), daemon=True)
+    thread.start()
+    yield
+    leaving.set()  # not after an error: then the others are to stop
+    for end in ends:
+        with contextlib.suppress(OSError):
+            end.sendall(LEAVES)
+            end.shutdown(socket.SHUT_RDWR)
+    thread.join()
+    for end in ends:
+        end.close()
+
+
+def _accepted(store: Store, count: int) -> list[socket.socket]:
+    deadline, secret = time.monotonic() + JOIN, secrets.token_hex(16)
+    ipv6 = socket.has_dualstack_ipv6()
+    ends: list[socket.socket] = []
+    with socket.create_server(
+        ("", 0), family=socket.AF_INET6 if ipv6 else socket.AF_INET, dualstack_ipv6=ipv6, backlog=count
+    ) as server:
+        store.set(KEY, f"{server.getsockname()[1]} {secret}")
+        while len(ends) < count:
+            server.settimeout(max(deadline - time.monotonic(), 0.01))
+            end, _ = server.accept()
+            end.settimeout(1.0)
+            with contextlib.suppress(OSError):  # whoever does not know the secret is none of the run's processes
+                if end.recv(len(secret), socket.MSG_WAITALL) == secret.encode():
+                    ends.append(end)
+    return ends
+
+
+def _connected(store: Store) -> socket.socket:
+    deadline = time.monotonic() + JOIN
+    while not store.check([KEY]):  # `wait` would keep signals waiting as well
+        if time.monotonic() > deadline:
+            raise TimeoutError("timed out")
+        time.sleep(0.05)
+    port, secret = store.get(KEY).decode().split()
+    end = socket.create_connection((os.environ["MASTER_ADDR"], int(port)), timeout=JOIN)
+    end.sendall(secret.encode())
+    return end
+
+
+def _watch(ends: list[socket.socket], leaving: threading.Event) -> None:
+    while ends:
+        for end in wait(ends):
+            assert isinstance(end, socket.socket)
+            try:
+                word = end.recv(1)
+            except OSError:
+                word = b""
+            if leaving.is_set():
+                return
+            ends.remove(end)
+            if word != LEAVES:
+                for other in ends:
+                    with contextlib.suppress(OSError):
+                        other.shutdown(socket.SHUT_RDWR)
+                if not leaving.wait(GRACE):
+                    with contextlib.suppress(OSError):
+                        os.write(2, f"error: {RankLost.ENDED} {SAVED}\n".encode())
+                    os._exit(StoppedError.exit_code)
+                return
