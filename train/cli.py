@@ -42,6 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         int(os.environ.get("WORLD_SIZE", "1")) > 1
     ):  # where one process is lost, torch's sockets in the others print stacks
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
+        os.environ.setdefault("GLOO_LOG_LEVEL", "FATAL")
     for descriptor in range(3):  # a process started without one would give its number to a file, and print into it
         try:
             os.fstat(descriptor)

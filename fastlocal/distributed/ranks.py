@@ -105,7 +105,8 @@ class Ranks:
         except (RuntimeError, OSError) as error:  # torch's and gloo's errors have no narrower class in common
             if isinstance(error, RankLost):
                 raise
-            if "imed out" not in str(error) and "imeout" not in str(error):
+            text = str(error)  # gloo calls a refused connection one that timed out
+            if ("imed out" not in text and "imeout" not in text) or "SO_ERROR" in text:
                 raise RankLost(RankLost.ENDED) from error
             seconds = f"{self.timeout.total_seconds():g} seconds"
             raise RankLost(

@@ -51,10 +51,16 @@ def soak_kills(rows: Rows, folder: Path, share: float) -> None:
 def soak_crews(rows: Rows, folder: Path, share: float) -> None:
     with Processes() as processes:
         for setup in crews.SETUPS:
-            done = len(rows.of("crews", setup))
-            trials = crews.trials(processes, folder / "crews", setup, seed=done)
-            for trial in islice(trials, max(round(CREWS * share / len(crews.SETUPS)) - done, 0)):
-                rows.add(part="crews", name=setup, trials=1, kills=trial.kills, wrong=trial.lost)
+            done = rows.of("crews", setup)
+            left = CREWS * share / len(crews.SETUPS) - sum(row["kills"] for row in done)
+            if left <= 0:
+                continue
+            for trial in crews.trials(processes, folder / "crews", setup, seed=len(done)):
+                seconds = round(trial.seconds, 1)
+                rows.add(part="crews", name=setup, trials=1, kills=trial.kills, wrong=trial.lost, seconds=seconds)
+                left -= trial.kills
+                if left <= 0:
+                    break
 
 
 def soak_disks(rows: Rows, folder: Path, share: float) -> None:
@@ -116,6 +122,8 @@ def table(rows: Rows) -> str:
         told = ", ".join(f"{value} {key}" for key, value in numbers.items())
         if part == "steps":
             told = f"{mine[0]['seconds']:.0f} s, first {mine[0]['first']}, last {mine[0]['last']}"
+        if part == "crews":
+            told += f", the others stopped within {max((row['seconds'] for row in mine if row['kills']), default=0.0):.1f} s"
         if part == "kernels":
             told = f"worst error {max(row['error'] for row in mine):.1e}"
         tried = sum(row["trials"] for row in mine)

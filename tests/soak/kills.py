@@ -34,6 +34,7 @@ class Trial:
 
     kills: int
     lost: str  # what was not as in the undisturbed run; empty if nothing
+    seconds: float = 0.0  # until the others of several processes had stopped
 
 
 def trials(processes: Processes, folder: Path, setup: str, seed: int) -> Iterator[Trial]:

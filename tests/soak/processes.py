@@ -36,8 +36,9 @@ class Processes:
     """Starts ``fastlocal`` with arguments; use as a context manager."""
 
     def __enter__(self) -> Processes:
-        # The log level is what the command line sets for one process of several before it imports torch.
-        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "TORCH_CPP_LOG_LEVEL": "FATAL"}
+        # The log levels are what the command line sets for one process of several before it imports torch.
+        quiet = {"TORCH_CPP_LOG_LEVEL": "FATAL", "GLOO_LOG_LEVEL": "FATAL"}
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **quiet}
         self._parent = subprocess.Popen(
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
         )

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from soak.compare import assert_same, result
 from soak.crews import Crew
 from soak.kills import TINY
@@ -116,7 +117,10 @@ def test_the_others_stop_when_one_is_killed(
     processes: Processes, tmp_path: Path, sharing: list[object], victim: int
 ) -> None:
     command = flags(tmp_path, "run", "--epochs", 500, "--recovery-interval", 1, *sharing)
-    crew = Crew(processes, 2, command)
+    # As torchrun does, one store serves the processes of every start.
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": True, "MASTER_PORT": store.port, "TORCHELASTIC_MAX_RESTARTS": 1}
+    crew = Crew(processes, 2, command, **agent)
     while not (tmp_path / "run" / "previous.pt").exists():
         time.sleep(0.01)
     crew.kill(victim)
@@ -127,7 +131,7 @@ def test_the_others_stop_when_one_is_killed(
     assert errors[1 - victim].startswith(f"error: {sentence}")
     assert errors[1 - victim].count("\n") == 1
     # torchrun starts the same command again, which goes on from the last save.
-    again = {"TORCHELASTIC_MAX_RESTARTS": 1, "TORCHELASTIC_RESTART_COUNT": 1}
+    again = {**agent, "TORCHELASTIC_RESTART_COUNT": 1}
     before = torch.load(tmp_path / "run" / "last.pt", weights_only=True)["trainer"]["steps"]
     crew = Crew(processes, 2, flags(tmp_path, "run", "--epochs", 500, "--recovery-interval", 1, *sharing), **again)
     deadline = time.monotonic() + 60
