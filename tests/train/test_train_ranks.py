@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from soak.compare import assert_same, result
-from soak.crews import Crew
+from soak.crews import PATIENCE, Crew
 from soak.kills import TINY
 from soak.processes import Processes
 
@@ -124,7 +124,9 @@ def test_the_others_stop_when_one_is_killed(
     while not (tmp_path / "run" / "previous.pt").exists():
         time.sleep(0.01)
     crew.kill(victim)
+    begun = time.monotonic()
     codes, errors = crew.wait()
+    assert time.monotonic() - begun < PATIENCE
     assert codes[victim] == -signal.SIGKILL
     assert codes[1 - victim] == 143
     sentence = "another process of this run has ended or lost its connection"
