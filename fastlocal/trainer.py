@@ -546,7 +546,8 @@ class LocalTrainer:
         saved = iter(state["optimizers"])
         for k, optimizer in enumerate(self.engine.optimizers):
             if optimizer is not None:
-                entry = _copied(next(saved)) if k in self.own else {**next(saved), "state": {}}
+                parked = self.residency.options.keep != "all"
+                entry = _copied(next(saved), parked) if k in self.own else {**next(saved), "state": {}}
                 optimizer.load_state_dict(entry)
                 self.residency.park_states(k)  # before the next module's states come to the device
         if self.scaler.is_enabled():
@@ -610,12 +611,17 @@ class LocalTrainer:
             self.residency.exchange(pairs)
 
 
-def _copied(state: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state whose tensors are copies; `Optimizer.load_state_dict` keeps those that it is given."""
-    moments = {
-        index: {key: value.clone() if isinstance(value, Tensor) else value for key, value in entry.items()}
-        for index, entry in state["state"].items()
-    }
+def _copied(state: dict[str, Any], parked: bool) -> dict[str, Any]:
+    """An optimizer's state whose tensors are copies; `Optimizer.load_state_dict` keeps those that it is given.
+
+    Args:
+        parked: all but single numbers will be copied to the host next, so they need not be here.
+    """
+
+    def copied(value: Any) -> Any:
+        return value.clone() if isinstance(value, Tensor) and not (parked and value.numel() > 1) else value
+
+    moments = {i: {key: copied(value) for key, value in entry.items()} for i, entry in state["state"].items()}
     return {**state, "state": moments}
 
 

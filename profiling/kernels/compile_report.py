@@ -51,7 +51,6 @@ class Architecture:
     registers_per_multiprocessor: int = 65536
     registers_allocated_at_once: int = 256  # per warp
     threads_per_warp: int = 32
-    may_spill: bool = False  # the kernels run there, but their blocks are not chosen for it
 
     @property
     def name(self) -> str:
@@ -77,8 +76,8 @@ ARCHITECTURES = {
         # CDNA 3: 4 SIMDs of 512 registers × 64 lanes, vector and accumulation registers in one file.
         Architecture("gfx942", 64 * _KIB, 64 * _KIB, 32, 32, r"v_mfma\w*", 4 * 512 * 64, 8 * 64, 64),
         # RDNA 3 and 4: a compute unit is half of a workgroup processor; 2 SIMDs of 1536 registers × 32 lanes.
-        Architecture("gfx1100", 64 * _KIB, 64 * _KIB, 32, 32, r"v_wmma\w*", 2 * 1536 * 32, 24 * 32, may_spill=True),
-        Architecture("gfx1201", 64 * _KIB, 64 * _KIB, 32, 32, r"v_s?wmma\w*", 2 * 1536 * 32, 24 * 32, may_spill=True),
+        Architecture("gfx1100", 64 * _KIB, 64 * _KIB, 32, 32, r"v_wmma\w*", 2 * 1536 * 32, 24 * 32),
+        Architecture("gfx1201", 64 * _KIB, 64 * _KIB, 32, 32, r"v_s?wmma\w*", 2 * 1536 * 32, 24 * 32),
     )
 }
 
@@ -110,7 +109,7 @@ class Measurement:
         if self.error is not None:
             return [f"does not compile: {self.error}"]
         problems = []
-        if self.spill_bytes and not ARCHITECTURES[self.architecture].may_spill:
+        if self.spill_bytes:
             problems.append(f"spills {self.spill_bytes} bytes per thread")
         if self.shared_bytes > self.shared_limit:
             problems.append(f"needs {self.shared_bytes} bytes of shared memory, the limit is {self.shared_limit}")

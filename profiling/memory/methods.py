@@ -183,9 +183,12 @@ def shard(model: nn.Module, mesh: DeviceMesh, *, bf16: bool, pinned: bool) -> No
     options: Any = {"mesh": mesh, "offload_policy": CPUOffloadPolicy(pin_memory=pinned)}
     if bf16:
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=torch.bfloat16)
-    for block in backbone(model).blocks:
-        for part in block.code if isinstance(block.code, nn.ModuleList) else (block.code,):
-            fully_shard(part, **options)
+    blocks: Any = getattr(model, "blocks", None)
+    if blocks is None:  # in stages
+        codes = [block.code for block in backbone(model).blocks]
+        blocks = [part for code in codes for part in (code if isinstance(code, nn.ModuleList) else (code,))]
+    for block in blocks:
+        fully_shard(block, **options)
     fully_shard(model, **options)
 
 

@@ -33,6 +33,7 @@ from fastlocal.train.build import build_model
 from fastlocal.train.config import TrainConfig, to_yaml
 from fastlocal.train.errors import UserError
 from fastlocal.train.options.files import read_file
+from fastlocal.train.ranks import joined
 from fastlocal.train.start import fitted, read_start
 
 SLOWEST, LARGEST = 10, 2**30
@@ -240,8 +241,9 @@ def targets(folder: Path) -> Iterator[Target]:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     config = TrainConfig.of(**TINY, data="digits", output=str(folder), experiment="run")
-    home = loop._Run(config)  # what --resume builds before it reads the state
-    run = home.train().folder
+    with joined(config) as crew:
+        home = loop._Run(config, crew)  # what --resume builds before it reads the state
+        run = home.train().folder
     yield from _checkpoints(folder, run, home)
     yield _safetensors(folder, run)
     yield from _configurations(folder)

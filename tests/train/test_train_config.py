@@ -11,6 +11,7 @@ import torch
 
 from fastlocal.train.config import GROUPS, OPTIONS, TrainConfig, to_yaml
 from fastlocal.train.errors import UserError
+from fastlocal.train.options import values
 from fastlocal.train.options.data import ARRAYS
 from fastlocal.train.options.files import read_file
 from fastlocal.train.options.learning import DECODERS, OBJECTIVES
@@ -191,3 +192,9 @@ def test_groups_are_for_code_alone() -> None:
     assert TrainConfig.of(**flat) == config
     other = config.changed(memory=None, opt="adamw")
     assert (other.memory.budget, other.optimization.opt, other.augmentation) == (None, "adamw", config.augmentation)
+
+
+def test_what_every_option_accepts_can_be_told() -> None:
+    assert all(entry.metadata["parse"] in values._ACCEPTED for _, entry in OPTIONS.values())
+    with pytest.raises(UserError, match=r"must be whole numbers such as 1 or 1,3, got 'x'"):
+        TrainConfig.of(rank_cuts="x")

@@ -222,6 +222,7 @@ _ACCEPTED = {
     switch: "true or false",
     text: f"a text without control characters of at most {LONGEST_TEXT} characters",
     folder_name: "the name of a folder to be made, without a path and with no dot at its start",
+    whole_numbers: "whole numbers such as 1 or 1,3",
     numbers: "finite numbers such as 0.5 or 0.485 0.456 0.406",
     span: "two numbers above 0, the smaller first, such as 0.08 1",
     size: f"one number of pixels, or height and width, up to {LARGEST_SIDE}, such as 224 or 192 256",
