@@ -90,7 +90,7 @@ def watched(store: Store, rank: int, size: int) -> Iterator[None]:
         with contextlib.suppress(OSError):
             end.sendall(LEAVES)
             end.shutdown(socket.SHUT_RDWR)
-    thread.join()
+    thread.join(GRACE)
     for end in ends:
         end.close()
 
