@@ -194,6 +194,7 @@ class LocalTrainer:
                 decoder=decoder,
                 amp_dtype=amp_dtype,
                 clip_grad=clip_grad,
+                clip_mode=clip_mode,
                 label_smoothing=label_smoothing,
                 ema_decay=ema_decay,
                 normalize=(mean.flatten().tolist(), std.flatten().tolist()),

@@ -126,7 +126,7 @@ class Ranks:
         with self.waiting():
             dist.all_gather_object(every, texts, group=self._control)
         for rank, theirs in enumerate(every):
-            for name in every[0].keys() | theirs.keys():
+            for name in dict.fromkeys([*every[0], *theirs]):  # in order, so that every process names the same one
                 first, other = every[0].get(name), theirs.get(name)
                 if first != other:
                     raise ValueError(

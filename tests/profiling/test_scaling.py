@@ -51,9 +51,12 @@ def test_what_the_rival_cannot_do_is_refused(wrong: list[str], capsys: pytest.Ca
     assert err.count("\n") == 1
 
 
-def test_the_simulated_table_says_what_the_planner_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_simulated_table_says_what_the_planner_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     import timm
 
+    monkeypatch.delenv("COLUMNS", raising=False)  # into a pipe: as it is
     name = "vit_tiny_patch16_224"
     assert simulated.simulate(tmp_path, 16, models=[name], devices=(2, 4)) == 0
     text = (tmp_path / "simulated.md").read_text()
