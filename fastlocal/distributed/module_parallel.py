@@ -126,8 +126,7 @@ class Pipeline:
         header = torch.zeros(HEADER, dtype=torch.int64)
         if not self._out_size:  # the first message of all: the receiver knows no size yet
             header[0], header[1] = Kind.GROW, size
-            self._put(header.to(self._device).view(torch.uint8))
-            self._outgoing.pop()[1].wait(self._ranks.timeout)  # type: ignore[union-attr]
+            self._put(header.to(self._device).view(torch.uint8)).wait(self._ranks.timeout)
         else:
             self._announce(Kind.GROW, self._queue + 1, size)
         self._outgoing = deque((self._buffer(size), None) for _ in range(self._queue))
@@ -149,11 +148,13 @@ class Pipeline:
             work.wait(self._ranks.timeout)
         return buffer
 
-    def _put(self, buffer: Tensor) -> None:
+    def _put(self, buffer: Tensor) -> dist.Work:
         assert self._after is not None
         work = dist.isend(buffer, self._after, group=self._ranks.modules.group, tag=self._tag)
+        assert work is not None
         self._outgoing.append((buffer, work))
         self.sent += buffer.nbytes
+        return work
 
     # Receiving
 

@@ -10,6 +10,7 @@ import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from soak.compare import assert_same, result
@@ -45,8 +46,8 @@ class Crew:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self._processes = processes
-        self.errors = Path(f"/tmp/crew-{os.getpid()}-{port}")
-        self.errors.mkdir()
+        self._kept = TemporaryDirectory()  # gone with this object, whatever becomes of it
+        self.errors = Path(self._kept.name)
         self.members = []
         for rank in range(size):
             about = {
@@ -70,7 +71,6 @@ class Crew:
         """Exit codes and what went to stderr."""
         codes = [self._processes.wait(member) for member in self.members]
         errors = [(self.errors / str(rank)).read_text() for rank in range(len(codes))]
-        shutil.rmtree(self.errors)
         return codes, errors
 
 
