@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import timm
 import torch
-from timm.optim import create_optimizer_v2, list_optimizers
+from timm.optim import create_optimizer_v2, get_optimizer_info, list_optimizers
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 
@@ -19,10 +19,12 @@ from fastlocal.bus import host_available
 from fastlocal.kernels.dispatch import why_not_triton
 from fastlocal.optimizers import layer_decay
 from fastlocal.planner import format_bytes, state_share
-from fastlocal.train.config import TrainConfig
+from fastlocal.train.config import OPTIONS, TrainConfig
+from fastlocal.train.cpu import has_bfloat16
 from fastlocal.train.errors import UserError, nearest, printable
 from fastlocal.train.options.learning import LearningOptions
 from fastlocal.train.options.optimization import OptimizationOptions
+from fastlocal.train.options.values import flag
 from fastlocal.train.ranks import processes
 from fastlocal.train.recipes import GEOMETRY
 
@@ -204,6 +206,8 @@ def build_trainer(
         ValueError: what the engine refuses, such as more modules than blocks.
     """
     _check_host_memory(config, model)
+    if config.memory.weights == "low" and config.memory.amp and amp_dtype(config, device) is None:
+        raise UserError(f"--weights low has nothing to cast to, for {NO_BFLOAT16}; --amp-dtype bfloat16 emulates it.")
     checked = cast(Any, config.memory)  # MemoryOptions knows the choices that the engine's types spell out
     return fastlocal.LocalTrainer(
         model,
@@ -260,6 +264,7 @@ def follow_plan(config: TrainConfig, model: nn.Module, device: torch.device) -> 
         batch_size=config.optimization.batch_size,
         memory=config.memory.budget,
         objective=config.learning.objective,
+        exact_share=config.exact_share,
         **planned_for(config),
         **unplanned_options(config, device),
     )
@@ -277,8 +282,8 @@ def planned_for(config: TrainConfig) -> dict[str, Any]:
     }
 
 
-def unplanned_options(config: TrainConfig, device: torch.device) -> dict[str, Any]:
-    """The arguments of `LocalTrainer` that a plan leaves alone."""
+def unplanned_options(config: TrainConfig, device: torch.device | None) -> dict[str, Any]:
+    """The arguments of `LocalTrainer` that a plan leaves alone; ``device`` is None for a card that is not here."""
     learning, settings = config.learning, config.optimization
     return {
         "optimizer": optimizer_factory(settings),
@@ -289,7 +294,7 @@ def unplanned_options(config: TrainConfig, device: torch.device) -> dict[str, An
         "regularizer_weight": learning.regularizer_weight,
         "classification_weight": learning.classification_weight,
         "lookahead": learning.lookahead,
-        "amp_dtype": _amp_dtype(config, device),
+        "amp_dtype": amp_dtype(config, device),
         "clip_grad": settings.clip_grad,
         "clip_mode": settings.clip_mode,
         "label_smoothing": 0.0 if config.augmentation.mixes else settings.smoothing,  # mixup smooths its own labels
@@ -319,6 +324,18 @@ def optimizer_factory(options: OptimizationOptions) -> Callable[[list[dict[str, 
         )
     if options.opt not in known:
         raise UserError(f"--opt {options.opt!r} is not known to timm{nearest(options.opt, known)}")
+    about = get_optimizer_info(options.opt)
+    for name, value, known_to_it in (
+        ("opt_betas", options.opt_betas, about.has_betas),
+        ("opt_eps", options.opt_eps, about.has_eps),
+        ("momentum", None if options.momentum == OPTIONS["momentum"].field.default else 1, about.has_momentum),
+    ):
+        if value is not None and not known_to_it:
+            raise UserError(f"{flag(name)} would do nothing: --opt {options.opt} has none.")
+    if options.opt_betas is not None and len(options.opt_betas) != about.num_betas and about.num_betas > 1:
+        raise UserError(
+            f"--opt-betas takes {about.num_betas} numbers for --opt {options.opt}; got {len(options.opt_betas)}."
+        )
     given: dict[str, Any] = {"betas": options.opt_betas, "eps": options.opt_eps}
     given = {name: value for name, value in given.items() if value is not None} | dict(options.opt_kwargs)
 
@@ -354,14 +371,14 @@ def freeze(model: nn.Module, options: LearningOptions) -> None:
         trained = [classifier] if isinstance(classifier, str) else list(classifier)
     else:
         trained = list(options.train)
-    for flag, prefixes in (("--freeze", options.freeze), ("--train", options.train)):
+    for given, prefixes in (("--freeze", options.freeze), ("--train", options.train)):
         for prefix in prefixes:
             if not any(_below(name, prefix) for name in names):
                 holders = {
                     ".".join(name.split(".")[:depth]) for name in names for depth in range(1, name.count(".") + 2)
                 }
                 raise UserError(
-                    f"{flag} {printable(prefix, 80)}: the model has nothing of that name{nearest(prefix, holders)}"
+                    f"{given} {printable(prefix, 80)}: the model has nothing of that name{nearest(prefix, holders)}"
                 )
     for name, parameter in model.named_parameters():
         wanted = any(_below(name, prefix) for prefix in trained) if trained else True
@@ -374,10 +391,21 @@ def _below(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(f"{prefix.removesuffix('.')}.")
 
 
-def _amp_dtype(config: TrainConfig, device: torch.device) -> torch.dtype | None:
+NO_BFLOAT16 = "--amp computes in float32: this CPU has no units for bfloat16"
+
+
+def amp_dtype(config: TrainConfig, device: torch.device | None) -> torch.dtype | None:
+    """What autocast computes in; None is float32, throughout.
+
+    "auto" is what the device has units for. A CPU that has none for bfloat16 emulates it, ten times slower than float32.
+
+    Args:
+        device: None for a card that is not here.
+    """
     if not config.memory.amp:
         return None
     if config.memory.amp_dtype != "auto":
         return {"bfloat16": torch.bfloat16, "float16": torch.float16}[config.memory.amp_dtype]
-    native = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.bfloat16 if native else torch.float16
+    if device is not None and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16 if device is None or device.type != "cpu" or has_bfloat16() else None

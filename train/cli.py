@@ -306,6 +306,9 @@ def plan(argv: list[str]) -> int:
             "mixup",
             "cutmix",
             "queue",
+            "epochs",
+            "exact_epochs",
+            "exact_every",
         ),
     ]
     _add_options(parser, only=about_plan)

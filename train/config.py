@@ -49,11 +49,6 @@ class TrainConfig:
         epochs, batch_size = self.optimization.epochs, self.optimization.batch_size
         if self.learning.exact_epochs > epochs:
             raise UserError(f"--exact-epochs must be at most --epochs, {epochs}; got {self.learning.exact_epochs}.")
-        if self.memory.budget is not None and self.learning.exact_steps:
-            raise UserError(
-                "--memory plans for one kind of step, and --exact-epochs and --exact-every make it two: give --modules,"
-                " --micro-batch, --recompute and --residency instead, as 'fastlocal plan --objective end-to-end' prints them."
-            )
         if (self.augmentation.mixes) and batch_size % 2:
             raise UserError(f"--batch-size must be even for --mixup and --cutmix, got {batch_size}.")
         if self.devices.parallel == "modules" and (
@@ -135,9 +130,32 @@ class TrainConfig:
             "decay_rate": (self.optimization.sched in ("step", "poly"), "it is for --sched step or poly", None),
             "min_lr": (self.optimization.sched in ("cosine", "poly"), "it is for --sched cosine or poly", None),
             "amp_dtype": (self.memory.amp, "it needs --amp", None),
+            "reserve": (self.memory.budget is not None, "it needs --memory", None),
+            "host_memory": (self.memory.budget is not None, "it needs --memory", None),
+            "prefetch": (self.memory.residency == "module", "it needs --residency module", None),
+            "warmup_epochs": (self.optimization.sched != "none", "--sched none has no warm-up", None),
+            "warmup_lr": (
+                self.optimization.sched != "none" and bool(self.optimization.warmup_epochs),
+                "there is no warm-up",
+                None,
+            ),
         }
         for name in ("mixup_prob", "mixup_switch_prob", "mixup_mode", "mixup_off_epoch"):
             needs[name] = (self.augmentation.mixes, "it needs --mixup or --cutmix", None)
+        objective, local = self.learning.objective, self.learning.modules != 1
+        for names, objectives in (
+            (("decoder", "reconstruction", "normalize_target"), ("feature", "image")),
+            (("first_target",), ("feature",)),
+            (("regularizer_weight",), ("feature", "image", "transport")),
+            (("classification_weight", "lookahead"), ("feature", "image", "transport", "cross-entropy")),
+        ):
+            for name in names:
+                reason = (
+                    f"--objective {objective} has none" if local else "a single module learns from the labels alone"
+                )
+                needs[name] = (objective in objectives and local, reason, None)
+        for name in ("objective", "exact_epochs", "exact_every"):
+            needs[name] = (local or objective == "end-to-end", "a single module has exact gradients", None)
         several = int(os.environ.get("WORLD_SIZE", "1")) > 1
         for name in ("parallel", "data_parallel", "rank_cuts", "queue", "timeout"):
             needs[name] = (several, "this is one process; torchrun starts several", None)
@@ -159,6 +177,12 @@ class TrainConfig:
         return epoch >= self.optimization.epochs - self.learning.exact_epochs or (
             self.learning.exact_every > 0 and step % self.learning.exact_every == self.learning.exact_every - 1
         )
+
+    @property
+    def exact_share(self) -> float:
+        """The share of a local objective's steps that compute exact gradients."""
+        last = self.learning.exact_epochs / self.optimization.epochs
+        return last + (1 - last) / self.learning.exact_every if self.learning.exact_every else last
 
     def to_dict(self) -> dict[str, Any]:
         """The options without their groups, as plain values: fit for YAML and for a checkpoint that loads weights only."""

@@ -13,6 +13,7 @@ import torch
 
 from fastlocal.bus import Bus, host_available
 from fastlocal.kernels import dispatch
+from fastlocal.train.cpu import has_bfloat16
 
 OPS = ("window_attention", "attention", "reconstruction_loss")
 
@@ -25,6 +26,8 @@ def findings() -> Iterator[tuple[str, str]]:
             yield package, importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             yield package, "not installed"
+    has, without = "has units for bfloat16", "no units for bfloat16: --amp computes in float32"
+    yield "cpu", has if has_bfloat16() else without
     available = host_available()
     if available is not None:
         yield "host memory", f"{available / 2**30:.1f} GiB free"

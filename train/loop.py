@@ -31,6 +31,8 @@ import fastlocal
 from fastlocal.train import checkpoint as checkpoints
 from fastlocal.train.augment import mix_batch
 from fastlocal.train.build import (
+    NO_BFLOAT16,
+    amp_dtype,
     build_device,
     build_model,
     build_trainer,
@@ -219,6 +221,9 @@ class _Run:
         self.training, self.validation, self.classes = self.data.training, self.data.validation, self.data.classes
         self.preprocessing = self.data.preprocessing
         self.steps = max(len(self.training) // config.optimization.batch_size, 1)
+        every, total = config.learning.exact_every, self.steps * config.optimization.epochs
+        if every > total:
+            raise UserError(f"--exact-every {every} would do nothing: the run has {total} steps.")
         crew.check_batch(min(config.optimization.batch_size, len(self.training)))
 
         random.seed(config.optimization.seed)
@@ -570,10 +575,14 @@ class _Run:
             f" with decoder {config.learning.decoder}" if config.learning.objective in ("feature", "image") else ""
         )
         yield f"learning {config.learning.objective}{decoder}, {len(self.trainer.modules)} modules"
+        if config.exact_share:
+            yield f"         with exact gradients in {config.exact_share:.0%} of the steps"
         if self.stretched is not None:
             optimization = config.optimization
             yield f"schedule {optimization.sched}, now to the end of epoch {optimization.epochs}, before {self.stretched}"
         yield f"device   {self.device}"
+        if config.memory.amp and amp_dtype(config, self.device) is None:
+            yield f"         {NO_BFLOAT16}"
         if not self.crew.alone:
             yield f"devices  {self.crew.described(self.trainer.rank_spans)}"
         without = "" if self.curves.possible else " (pip install matplotlib for its curves.png)"

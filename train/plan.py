@@ -41,6 +41,7 @@ def make_plan(config: TrainConfig, objective: str | None) -> Search:
         batch_size=config.optimization.batch_size,
         budget=config.memory.budget,
         objective=objective,
+        exact_share=config.exact_share or None,
         **planned_for(config),
         **_options(config),
     )
@@ -54,10 +55,12 @@ def _skeleton(config: TrainConfig) -> nn.Module:
 
 
 def _options(config: TrainConfig) -> dict[str, Any]:
-    options = unplanned_options(config, build_device(config))
-    if config.memory.device == "auto" and not torch.cuda.is_available():
-        del options["device"]  # a plan on a machine without a card is for one with a card
-    return options
+    return unplanned_options(config, _device(config))
+
+
+def _device(config: TrainConfig) -> torch.device | None:
+    """Where the plan will be followed: on a machine without a card it is for one with a card, None."""
+    return build_device(config) if torch.cuda.is_available() or config.memory.device != "auto" else None
 
 
 def show(found: Search, config: TrainConfig, as_json: bool) -> int:
@@ -89,12 +92,23 @@ def show(found: Search, config: TrainConfig, as_json: bool) -> int:
         return 2
     if chosen.is_plain:
         console.print("Plain training fits: use it.")
+    console.print(f"Accuracy: {_about(chosen)}.")
     console.print(
         f"Peak {format_bytes(chosen.peak)} of tensors, seen in a rehearsal, of {room}.\n"
         f"Host memory {format_bytes(chosen.host)}, bus {format_bytes(chosen.traffic)} a step.\n"
         f"Peaks marked ≈ are estimates; time is ranked for {speed}.\n\n{command(chosen, config)}"
     )
     return 0
+
+
+def _about(plan: Plan) -> str:
+    """What the class of accuracy of ``plan`` means, for people."""
+    if plan.accuracy == "exact":
+        return "exact, that of plain training: the gradients are those of backpropagation"
+    learns = f"each module learns from its own loss ({plan.objective})"
+    if plan.accuracy == "local":
+        return f"local: {learns}, which may end some points behind exact gradients"
+    return f"local + exact finish: {learns}, and with exact gradients in the last {plan.exact_share:.0%} of the steps"
 
 
 # What the plan command knows of a run besides the plan itself.
@@ -113,7 +127,7 @@ _PASSED_ON = (
         "amp",
     ),
     *("amp_dtype", "model_ema", "kernels", "device", "mixup", "cutmix", "freeze", "train", "linear_probe"),
-    *("opt_betas", "opt_eps", "opt_kwargs"),
+    *("opt_betas", "opt_eps", "opt_kwargs", "epochs", "exact_every"),
 )
 
 
@@ -134,7 +148,11 @@ def command(plan: Plan, config: TrainConfig, start: str = "", more: Sequence[str
         else:
             words.append(flag(option) if value is True else f"{flag(option)} {shlex.quote(_text(value))}")
     cuts = ",".join(map(str, plan.cuts)) + "," * (len(plan.cuts) == 1)  # "8," is a cut, and 8 a number of modules
-    for name, value in {**plan.arguments(), "modules": cuts or 1, "batch_size": plan.batch_size}.items():
+    settings = {**plan.arguments(), "modules": cuts or 1, "batch_size": plan.batch_size}
+    if plan.exact_share and not config.learning.exact_every:
+        epochs = config.optimization.epochs
+        settings["exact_epochs"] = config.learning.exact_epochs or max(round(plan.exact_share * epochs), 1)
+    for name, value in settings.items():
         negated = f"--no-{flag(name).removeprefix('--')}"
         words.append(f"{flag(name)} {value}" if not isinstance(value, bool) else flag(name) if value else negated)
     words += more
@@ -163,7 +181,7 @@ def _plain(candidate: Candidate) -> dict[str, Any]:
 
 def _table(title: str, candidates: tuple[Candidate, ...]) -> Table:
     table = Table(title=title, title_justify="left", box=None, pad_edge=False)
-    for heading in ("", "K", "parts", "kept here", "peak", "FLOPs", "bus", ""):
+    for heading in ("accuracy", "K", "parts", "kept here", "peak", "FLOPs", "bus", ""):
         right = heading in ("K", "parts", "peak", "FLOPs", "bus")
         table.add_column(heading, justify="right" if right else "left", no_wrap=right, overflow="fold")
     for candidate in candidates:
@@ -172,7 +190,7 @@ def _table(title: str, candidates: tuple[Candidate, ...]) -> Table:
         alone = "one module" if not plan.prefetch else kept
         kept = alone + ", low" * (plan.weights == "low") + ", no bound." * (plan.boundaries == "host")
         table.add_row(
-            plan.accuracy if plan.accuracy == "exact" else f"local: {plan.objective}",
+            plan.accuracy,
             str(plan.modules),
             f"{plan.micro_batch}{'*' * (plan.recompute == 'block')}",
             kept,

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
 from fastlocal.boundary import Home
@@ -17,6 +17,8 @@ from fastlocal.objectives import Objective
 from fastlocal.planner.cards import SECONDS_PER_BLOCK, USED, Card
 from fastlocal.planner.profile import Cost, Profile
 from fastlocal.residency import Keep, Weights
+
+Accuracy = Literal["exact", "local + exact finish", "local"]
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,9 @@ class Plan:
         compute: FLOPs of a step, as a multiple of a plain end-to-end step's.
         traffic: bytes that cross the host bus per step, both ways together.
         seconds: the estimate that candidates are ranked by; not a promise.
+        exact_share: of a local objective's steps, the share that are `LocalTrainer.step` with ``exact=True``, at the end of
+            training. Then ``peak`` and ``host`` are those of the kind of step that needs more, ``compute``, ``traffic`` and
+            ``seconds`` the mean of all steps.
     """
 
     objective: str
@@ -50,6 +55,7 @@ class Plan:
     compute: float
     traffic: int
     seconds: float
+    exact_share: float = 0.0
 
     @property
     def modules(self) -> int:
@@ -57,9 +63,11 @@ class Plan:
         return len(self.cuts) + 1
 
     @property
-    def accuracy(self) -> Literal["exact", "local"]:
-        """Whether gradients are those of backpropagation, or of each module's own loss."""
-        return "exact" if self.objective == "end-to-end" else "local"
+    def accuracy(self) -> Accuracy:
+        """Whether gradients are those of backpropagation, of each module's own loss, or first of that and then exact."""
+        if self.objective == "end-to-end":
+            return "exact"
+        return "local + exact finish" if self.exact_share else "local"
 
     @property
     def is_plain(self) -> bool:
@@ -79,6 +87,22 @@ class Plan:
             "weights": self.weights,
             "prefetch": self.prefetch,
         }
+
+    def finished_by(self, exact: Plan, share: float) -> Plan:
+        """This plan of a local objective with ``share`` of its steps as in ``exact``, the plan of its exact steps."""
+
+        def mean(name: str) -> float:
+            return (1 - share) * getattr(self, name) + share * getattr(exact, name)
+
+        return replace(
+            self,
+            peak=max(self.peak, exact.peak),
+            host=max(self.host, exact.host),
+            compute=mean("compute"),
+            traffic=round(mean("traffic")),
+            seconds=mean("seconds"),
+            exact_share=share,
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain values, for a run's configuration."""
@@ -279,8 +303,11 @@ class Cut:
     def _flops(self, recompute: Recompute) -> float:
         """FLOPs per sample."""
         total = sum(part.forward + part.backward for parts in self.parts for part in parts)
-        if self.objective.exact:  # one more forward of all modules but the last
-            total += sum(part.forward for parts in self.parts[:-1] for part in parts)
+        if (
+            self.objective.exact
+        ):  # one more forward of all modules but the last, without what a local objective adds to them
+            before = self.profile.blocks[: self.spans[-1].start]
+            total += sum(part.forward for part in (self.profile.stem, *before)) if before else 0.0
         if recompute == "block":
             total += sum(self.profile.blocks[i].forward for span in self.spans for i in span[:-1])
         return total

@@ -28,7 +28,7 @@ LIKE_OTHERS = 3
 
 
 def rehearse(model: nn.Module, plan: Plan, options: dict[str, Any], image_dtype: torch.dtype, foreach: bool) -> int:
-    """The peak, in bytes on the device, of a step of ``plan``. For use inside a dry run.
+    """The peak, in bytes on the device, of a step of ``plan``, of either kind if it has two. For use inside a dry run.
 
     Args:
         options: further arguments of `LocalTrainer`.
@@ -46,18 +46,25 @@ def rehearse(model: nn.Module, plan: Plan, options: dict[str, Any], image_dtype:
     batch = min(parts * plan.micro_batch, plan.batch_size)
     images = torch.empty(batch, *trainer.backbone.image.shape, dtype=image_dtype)
     labels = torch.empty(batch, dtype=torch.int64)
+    own = trainer.objective.exact
+    kinds = (own, True) if plan.exact_share and not own else (own,)
+    peaks = [_peak(trainer, plan, images, labels, exact) for exact in kinds]
+    return _resident(trainer, missing, plan) + max(peaks)
+
+
+def _peak(trainer: LocalTrainer, plan: Plan, images: Tensor, labels: Tensor, exact: bool) -> int:
+    """The peak of a step on the shortened model, and of boundaries between modules that were taken out."""
     given: list[Any] = [trainer.model, *(module.heads for module in trainer.modules), *trainer.optimizers]
     given += [trainer.ema.module] if trainer.ema is not None else []
     first: list[int] = []  # the number of the event before each time module 1 is on the device
     with memory.Meter(*given, images, labels) as meter, _noting(trainer, meter, first):
-        trainer.step(images, labels)
-    more = plan.batch_size / batch - 1  # of what scales with the batch: the rest repeats from part to part
-    states = _resident(trainer, missing, plan)
-    boundary = math.prod(trainer.backbone.boundaries[-1].shape) * (options.get("amp_dtype") or torch.float32).itemsize
+        trainer.step(images, labels, exact=exact)
+    more = plan.batch_size / len(images) - 1  # of what scales with the batch: the rest repeats from part to part
+    boundary = math.prod(trainer.backbone.boundaries[-1].shape) * (trainer.engine.amp_dtype or torch.float32).itemsize
     absent = plan.modules - len(trainer.modules)
-    before = plan.batch_size * boundary * absent if trainer.objective.exact and plan.boundaries == "device" else 0
+    before = plan.batch_size * boundary * absent if exact and plan.boundaries == "device" else 0
     begin, end = (first[0], first[-1]) if len(first) > 1 else (0, 0)
-    return states + max(
+    return max(
         sum(kinds.values())
         + math.ceil(more * (kinds["boundary"] + kinds["inputs"]) * (plan.boundaries == "device"))
         + (before if begin < i < end else 0)

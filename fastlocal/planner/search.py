@@ -25,9 +25,13 @@ from fastlocal.planner.profile import Profile
 from fastlocal.planner.rehearsal import fake_model, rehearse
 from fastlocal.residency import Keep, Weights
 
-# Exact gradients are chosen over a local objective's as long as they take no more than this times its time: the price of
-# certainty about the accuracy, which local objectives may lose by points.
+# Exact gradients are chosen over a local objective with an exact finish, and that over one without, as long as they take no
+# more than this times its time: the price of certainty about the accuracy, which local objectives may lose by points.
 WORTH = 1.25
+CERTAINTY = {"local": 0, "local + exact finish": 1, "exact": 2}
+
+# The share of the steps that an exact finish has unless another is asked for.
+FINISH = 0.2
 
 # An estimate is rehearsed if it is at most this much over the limit; the estimates are that exact.
 CLOSE = 1.15
@@ -58,7 +62,7 @@ class Search:
     Attributes:
         chosen: the best plan that fits, or None.
         budget: bytes of memory, and ``limit``: what tensors may have of it.
-        candidates: the best way for each number of modules and objective, the chosen one first.
+        candidates: the best way for each class of accuracy and number of modules, the chosen one first.
         rivals: ordinary end-to-end training for the same memory: plain, checkpointing, accumulation, both.
         smallest: the smallest peak of all candidates, in bytes.
         reserve: bytes of the budget that tensors do not get.
@@ -125,6 +129,7 @@ def search(
     budget: str | int,
     image_size: int | None = None,
     objective: str | None = None,
+    exact_share: float | None = None,
     reserve: str | int = RESERVE,
     host_memory: str | int | None = None,
     image_dtype: torch.dtype = torch.uint8,
@@ -138,7 +143,10 @@ def search(
         batch_size: samples per step.
         budget: memory of the card: bytes, or a text such as ``"4GiB"`` or ``"500 MiB"``.
         image_size: side of the images in pixels, to check that the model was built for it.
-        objective: the only one to plan for; None weighs exact gradients against ``"feature"``.
+        objective: the only one to plan for; None weighs exact gradients against ``"feature"``, with and without an exact
+            finish.
+        exact_share: of a local objective's steps, the share with exact gradients. None: none, and where ``objective`` is None
+            a fifth of them as well as none.
         reserve: what of the budget tensors cannot have.
         host_memory: bytes of host memory that may be used; None is all.
         image_dtype: of the images that the training loop hands over; mixed ones (mixup) are torch.float32.
@@ -154,6 +162,12 @@ def search(
     host = None if host_memory is None else parse_bytes(host_memory, "host_memory")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}.")
+    if exact_share is not None and not 0 <= exact_share <= 1:
+        raise ValueError(f"exact_share must be a share from 0 to 1, got {exact_share}.")
+    if exact_share is None:
+        shares = [0.0, FINISH] if objective is None else [0.0]
+    else:
+        shares = [exact_share]
     view = backbone(model)
     if image_size is not None and (view.image.height, view.image.width) != (image_size, image_size):
         raise ValueError(
@@ -164,13 +178,16 @@ def search(
     card = card_named(torch.cuda.get_device_name()) if torch.cuda.is_available() else NOMINAL
     limit = memory - kept
     with dry.dry_run():
-        cuts = list(_cuts(model, batch_size, objective, foreach, options, say))
-        ways = [way for cut in cuts for way in ways_to_train(cut, card, options)]
-        whole = next((cut for cut in cuts if cut.objective.exact and not cut.cuts), None)
+        ways: list[Plan] = []
+        for cut, exact in _cuts(model, batch_size, objective, foreach, options, say):
+            own = list(ways_to_train(cut, card, options))
+            finish = list(ways_to_train(exact, card, options)) if exact is not None and any(shares) else []
+            for share in shares if exact is not None else [0.0]:
+                ways += [a.finished_by(b, share) for a, b in zip(own, finish, strict=True)] if share else own
         affordable = [way for way in ways if host is None or way.host <= host]
 
         def peak(way: Plan) -> int:
-            say(f"rehearsing {way.objective}, {way.modules} modules, parts of {way.micro_batch}, {way.residency}")
+            say(f"rehearsing {way.accuracy}, {way.modules} modules, parts of {way.micro_batch}, {way.residency}")
             return rehearse(model, way, options, image_dtype, foreach)
 
         chosen, rehearsed = _choose(affordable, limit, peak)
@@ -180,7 +197,7 @@ def search(
         chosen and seen[chosen],
         memory,
         tuple(_table(ways, chosen, seen, limit, host)),
-        tuple(_rivals(ways, seen, limit)) if whole is not None else (),
+        tuple(_rivals(ways, seen, limit)),
         smallest if chosen is None else min(smallest, *(way.peak for way in affordable)),
         kept,
         card,
@@ -212,7 +229,7 @@ def _choose(ways: Sequence[Plan], limit: int, peak: Callable[[Plan], int]) -> tu
 
 def _merit(way: Plan) -> tuple[bool, float, int, int]:
     """Smaller is better: plain training, then time, with a discount for exact gradients, then what is simpler."""
-    return not way.is_plain, way.seconds / (WORTH if way.accuracy == "exact" else 1), way.traffic, way.peak
+    return not way.is_plain, way.seconds / WORTH ** CERTAINTY[way.accuracy], way.traffic, way.peak
 
 
 def _cuts(
@@ -222,8 +239,8 @@ def _cuts(
     foreach: bool,
     options: dict[str, Any],
     say: Callable[[str], None],
-) -> Iterator[Cut]:
-    """The model, cut in every way worth trying, for each objective."""
+) -> Iterator[tuple[Cut, Cut | None]]:
+    """The model, cut in every way worth trying, for each objective; and, for a local one, what its exact steps are."""
     copied = fake_model(model, options)
     view = backbone(copied)
     amp_dtype = options["amp_dtype"]
@@ -238,7 +255,9 @@ def _cuts(
         target = OBJECTIVES[name](options.get("first_target", "image"))
         for spans in _spans(view, target.exact):
             modules = build_modules(view, spans, view.logits[-1], target, made_of)
-            yield Cut(profile, target, modules, batch_size, states, extra, foreach)
+            about = (modules, batch_size, states, extra, foreach)
+            finish = None if target.exact else Cut(profile, OBJECTIVES[exact](target.first_target), *about)
+            yield Cut(profile, target, *about), finish
 
 
 def module_options(options: dict[str, Any]) -> ModuleOptions:
@@ -307,13 +326,13 @@ def ways_to_train(cut: Cut, card: Card, options: dict[str, Any]) -> Iterator[Pla
 def _table(
     ways: Sequence[Plan], chosen: Plan | None, seen: dict[Plan, Plan], limit: int, host: int | None
 ) -> Iterator[Candidate]:
-    """The chosen plan, what was rehearsed in vain, and the best that fits for each objective and number of modules."""
+    """The chosen plan, what was rehearsed in vain, and the best that fits for each class of accuracy and number of modules."""
     if chosen is not None:
         yield Candidate(seen[chosen], CHOSEN)
-    shown = {(chosen.objective, chosen.modules)} if chosen is not None else set()
+    shown = {(chosen.accuracy, chosen.modules)} if chosen is not None else set()
     groups: dict[tuple[str, int], list[Plan]] = {}
     for way in ways:
-        groups.setdefault((way.objective, way.modules), []).append(way)
+        groups.setdefault((way.accuracy, way.modules), []).append(way)
     others = []
     for key, group in groups.items():
         fitting = [w for w in group if w not in seen and w.peak <= limit and (host is None or w.host <= host)]

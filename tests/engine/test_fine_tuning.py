@@ -66,6 +66,18 @@ def test_a_frozen_prefix_is_only_run(build: Build, batch: Batch, objective: str,
     assert moved == pytest.approx(expected[residency], rel=0.03)  # a slab pads its parameters
 
 
+def test_only_early_blocks_are_trained(build: Build, batch: Batch) -> None:
+    """Nothing in the last module learns, its classifier neither; it is run, and its loss is told."""
+    for objective in ("cross-entropy", "end-to-end"):
+        model: Any = build("vit").requires_grad_(False)
+        model.blocks[0].requires_grad_(True)
+        before = {name: p.detach().clone() for name, p in model.named_parameters()}
+        trainer = fastlocal.LocalTrainer(model, modules=5, objective=objective)
+        assert trainer.step(*batch).loss.isfinite().all()
+        for name, p in model.named_parameters():
+            assert torch.equal(p, before[name]) != name.startswith("blocks.0."), name
+
+
 def test_the_memory_of_a_frozen_prefix_is_that_of_running_it() -> None:
     def peak(frozen: int) -> dict[str, int]:
         model = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=10, depth=8)

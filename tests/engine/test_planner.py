@@ -20,12 +20,13 @@ from fastlocal.partition import partition
 from fastlocal.planner import DoesNotFit, Plan, format_bytes, parse_bytes, search
 from fastlocal.planner.cards import CARDS, NOMINAL, card_named
 from fastlocal.planner.rehearsal import rehearse
+from fastlocal.planner.search import _merit
 
 Build = Callable[..., nn.Module]
 MIB = 2**20
 
 
-def measured(model: nn.Module, batch_size: int, arguments: dict[str, Any]) -> memory.Meter:
+def measured(model: nn.Module, batch_size: int, arguments: dict[str, Any], exact: bool = False) -> memory.Meter:
     """The meter of a whole step, the second one, when optimizer states exist. For use inside a dry run."""
     model = memory.fake_copy(model)
     trainer = fastlocal.LocalTrainer(model, amp_dtype=torch.bfloat16, **arguments)
@@ -35,7 +36,7 @@ def measured(model: nn.Module, batch_size: int, arguments: dict[str, Any]) -> me
     given = [model, *(m.heads for m in trainer.modules), *trainer.optimizers]
     given += [trainer.ema.module] if trainer.ema is not None else []
     with memory.Meter(*given, images, labels) as meter:
-        trainer.step(images, labels)
+        trainer.step(images, labels, exact=exact)
     return meter
 
 
@@ -95,11 +96,43 @@ def test_estimated_compute_and_traffic_are_those_of_the_step(build: Build) -> No
             assert plan.traffic == pytest.approx(measured(model, 4, plan.arguments()).traffic, rel=0.1), plan
 
 
-def flops_of(model: nn.Module, arguments: dict[str, Any]) -> int:
+def flops_of(model: nn.Module, arguments: dict[str, Any], exact: bool = False) -> int:
     trainer = fastlocal.LocalTrainer(memory.fake_copy(model), amp_dtype=torch.bfloat16, **arguments)
     with FlopCounterMode(display=False) as counter:
-        trainer.step(torch.empty(4, 3, 32, 32, dtype=torch.uint8), torch.empty(4, dtype=torch.int64))
+        trainer.step(torch.empty(4, 3, 32, 32, dtype=torch.uint8), torch.empty(4, dtype=torch.int64), exact=exact)
     return counter.get_total_flops()
+
+
+def test_an_exact_finish_takes_what_its_two_kinds_of_step_take(build: Build) -> None:
+    """The memory of the one that takes more, and the mean of their compute and traffic."""
+    model = build("vit", depth=4, patch_size=8, embed_dim=64)
+    ways = search(model, batch_size=4, budget="1GiB", reserve=0, objective="feature", exact_share=0.25).candidates
+    assert {way.plan.modules for way in ways} == {2, 4}
+    assert {way.plan.accuracy for way in ways} == {"local + exact finish"}
+    with memory.dry_run():
+        plain = flops_of(model, {"modules": 1, "objective": "end-to-end"})
+        for boundaries in ("device", "host"):
+            for plan in (replace(way.plan, residency="module", boundaries=boundaries) for way in ways):
+                steps = [measured(model, 4, plan.arguments(), exact) for exact in (False, True)]
+                peak = max(step.peak for step in steps)
+                predicted = rehearse(model, plan, {"amp_dtype": torch.bfloat16}, torch.uint8, foreach=False)
+                assert 0.99 * peak <= predicted <= 1.03 * peak, (plan, [step.peak for step in steps])
+        for plan in (way.plan for way in ways):
+            local, exact = (flops_of(model, plan.arguments(), exact) / plain for exact in (False, True))
+            assert plan.compute == pytest.approx(0.75 * local + 0.25 * exact, rel=0.03), plan
+
+
+def test_local_gradients_are_chosen_with_an_exact_finish(small: nn.Module) -> None:
+    """A class of accuracy gives way to the next only where that is a quarter faster."""
+    exact = Plan("end-to-end", (), 8, 4, "none", "all", "device", "full", True, 1, 0, 1.3, 0, 1.0)
+    local = replace(exact, objective="feature", cuts=(1,), seconds=0.7)
+    finish = local.finished_by(exact, 0.2)
+    assert min([local, exact, finish], key=_merit) is finish
+    assert min([local, finish, replace(exact, seconds=0.85)], key=_merit).accuracy == "exact"
+    found = search(small, batch_size=8, budget="1GiB", objective="feature")
+    assert {way.plan.accuracy for way in found.candidates} == {"local"}  # asked for by name, it is not another's
+    with pytest.raises(ValueError, match="exact_share must be a share from 0 to 1, got 2"):
+        search(small, batch_size=8, budget="1GiB", exact_share=2)
 
 
 @pytest.fixture
@@ -127,7 +160,7 @@ def test_exact_gradients_come_before_local_ones_and_the_plan_trains(small: nn.Mo
     assert found.chosen.accuracy == "exact"
     assert found.candidates[0].plan == found.chosen
     assert found.candidates[0].measured
-    assert {c.plan.accuracy for c in found.candidates} == {"exact", "local"}
+    assert {c.plan.accuracy for c in found.candidates} == {"exact", "local + exact finish", "local"}
     assert {c.plan.recompute for c in found.rivals} == {"none", "block"}
     trainer = fastlocal.LocalTrainer(small, amp_dtype=torch.bfloat16, **found.chosen.arguments())
     assert trainer.step(torch.randn(8, 3, 32, 32), torch.arange(8)).loss.isfinite().all()

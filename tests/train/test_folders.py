@@ -125,6 +125,18 @@ def test_one_image_decides_nothing(tmp_path: Path, odd: str) -> None:
     assert not data.preprocessing.in_memory
 
 
+def test_small_images_get_what_is_asked_for_them(tmp_path: Path, tiny: Options) -> None:
+    """They are held in memory unless they are to be augmented one by one; their size is theirs either way."""
+    root = str(_folder(tmp_path, size=(16, 24)))
+    for asked, in_memory in (({}, True), ({"aa": "rand-m9"}, False), ({"scale": [0.5, 1]}, False)):
+        config = TrainConfig.of(**tiny(data=root, img_size=None, workers=0, crop_padding=0, **asked))
+        data = read(config, pretrained_configuration(config.model.name))
+        assert (data.preprocessing.in_memory, data.preprocessing.image_size) == (in_memory, (24, 16))
+    both = TrainConfig.of(**tiny(data=root, workers=0, crop_padding=2, aa="rand-m9"))
+    with pytest.raises(UserError, match=r"--crop-padding would do nothing: .*; --aa has them read one by one"):
+        read(both, pretrained_configuration(both.model.name))
+
+
 def test_aspect_ratio_is_kept(tmp_path: Path) -> None:
     root = _folder(tmp_path, size=(20, 40))
     for name in ("train", "val"):
@@ -383,6 +395,43 @@ def test_grey_and_transparent_channels_reach_the_model(tmp_path: Path, tiny: Opt
         (("--model", "vit_tiny_patch16_224.augreg"), "has no weights 'augreg' for vit_tiny_patch16_224"),
         (("--aa", "rand-m9"), "--aa would do nothing: images of one small size are held in memory"),
         (("--quiet",), "has no flag --quiet."),
+        (
+            ("--objective", "cross-entropy", "--decoder", "conv"),
+            "--decoder 'conv' would do nothing: --objective cross-",
+        ),
+        (
+            ("--objective", "end-to-end", "--lookahead", "1"),
+            "--lookahead 1 would do nothing: --objective end-to-end has",
+        ),
+        (
+            ("--objective", "image", "--first-target", "patch"),
+            "--first-target 'patch' would do nothing: --objective image",
+        ),
+        (("--objective", "cross-entropy", "--regularizer-weight", "2"), "--regularizer-weight 2.0 would do nothing"),
+        (("--modules", "1", "--objective", "feature"), "would do nothing: a single module has exact gradients."),
+        (
+            ("--modules", "1", "--normalize-target"),
+            "--normalize-target would do nothing: a single module learns from the",
+        ),
+        (("--no-prefetch",), "--prefetch would do nothing: it needs --residency module."),
+        (("--reserve", "1GiB"), "--reserve '1GiB' would do nothing: it needs --memory."),
+        (("--sched", "none", "--warmup-epochs", "1"), "would do nothing: --sched none has no warm-up."),
+        (("--warmup-epochs", "0", "--warmup-lr", "0.1"), "--warmup-lr 0.1 would do nothing: there is no warm-up."),
+        (("--opt", "sgd", "--opt-betas", "0.9", "0.99"), "--opt-betas would do nothing: --opt sgd has none."),
+        (("--opt", "lion", "--opt-eps", "1e-6"), "--opt-eps would do nothing: --opt lion has none."),
+        (("--momentum", "0.5"), "--momentum would do nothing: --opt adamw has none."),
+        (("--opt-betas", "0.9"), "--opt-betas takes 2 numbers for --opt adamw; got 1."),
+        (("--interpolation", "nearest"), "--interpolation would do nothing: the images are taken as they are."),
+        (("--crop-padding", "8"), "--crop-padding 8 would leave nothing of images of 8 pixels; it takes less."),
+        (("--cutout", "100"), "--cutout 100 would leave nothing of images of 8 pixels; it takes less."),
+        (("--exact-every", "1000000"), "--exact-every 1000000 would do nothing: the run has"),
+        (("--class-weights", *"0000000000"), "--class-weights are all 0, so there is nothing to learn"),
+        (("--train-limit", "1"), "all 1 training images are of class"),
+        (("--mean", "123.7", "116.3", "103.5"), "--mean must be at most 1, got"),
+        (
+            ("--drop-path", "0.5", "--model-kwargs", "drop_path_rate=0.1"),
+            "--drop-path and --model-kwargs drop_path_rate=…",
+        ),
         (("--img-size", "32,x"), "--img-size must be one number of pixels, or height and width"),
         (("--model-kwargs", "img_size=12,8,4"), "--img-size must be one number of pixels, or height and width"),
     ],

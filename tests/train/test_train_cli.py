@@ -19,6 +19,7 @@ import timm
 import torch
 
 import fastlocal
+from fastlocal.train.build import amp_dtype
 from fastlocal.train.config import TrainConfig
 from fastlocal.train.report import Report, Voice, by_module, wrapped
 
@@ -252,3 +253,22 @@ def test_host_memory_that_cannot_hold_the_idle_modules_is_refused_before_it_is_f
     assert "error: --residency module keeps" in told.err
     assert "the host than the weights, which has 0.00 MiB free" in told.err.replace("\n", " ")
     assert cli("train", *flags(epochs=1)).code == 0  # nothing is kept there with --residency all
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_a_cpu_without_units_for_bfloat16_computes_in_float32(
+    has: bool, cli: Command, flags: Flags, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Emulated, it would take ten times as long; said, and --amp-dtype has it all the same."""
+    monkeypatch.setattr("fastlocal.train.build.has_bfloat16", lambda: has)
+    given = TrainConfig.of(amp=True)
+    assert amp_dtype(given, torch.device("cpu")) == (torch.bfloat16 if has else None)
+    assert amp_dtype(given.changed(amp_dtype="bfloat16"), torch.device("cpu")) == torch.bfloat16
+    assert amp_dtype(given, None) == torch.bfloat16  # a plan for a card that is not here
+    told = cli("train", *flags(epochs=1), "--amp", "--output", tmp_path)
+    assert told.code == 0
+    assert ("--amp computes in float32: this CPU has no units for bfloat16" in told.out) != has
+    if not has:
+        low = cli("train", *flags(epochs=1), "--amp", "--residency", "module", "--weights", "low")
+        assert low.code == 2
+        assert "--weights low has nothing to cast to" in low.err

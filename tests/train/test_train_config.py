@@ -149,7 +149,6 @@ def test_exact_steps_come_at_the_end_or_regularly() -> None:
         ({"exact_epochs": 11}, "--exact-epochs must be at most --epochs, 10; got 11"),
         ({"exact_epochs": 1, "objective": "end-to-end"}, "end-to-end is exact throughout"),
         ({"exact_every": 2, "objective": "end-to-end"}, "end-to-end is exact throughout"),
-        ({"exact_epochs": 1, "memory": "4GiB"}, "--memory plans for one kind of step"),
         ({"exact_every": -1}, "--exact-every must be at least 0, got -1"),
     ):
         with pytest.raises(UserError, match=sentence):

@@ -55,6 +55,19 @@ def test_the_command_says_what_the_plan_says(capsys: pytest.CaptureFixture[str])
     assert all(candidate["accuracy"] == "local" for candidate in found["candidates"])
 
 
+def test_an_exact_finish_is_planned_for_and_passed_on(capsys: pytest.CaptureFixture[str]) -> None:
+    memory = ["--memory", "64MiB", "--reserve", "0MiB"]
+    finish = ["--objective", "feature", "--epochs", "5", "--exact-epochs", "2"]
+    code, out, _ = planned(capsys, *memory, *finish)
+    assert code == 0
+    assert "exact gradients in the last 40% of the steps" in " ".join(out.split())
+    config = config_of(out[out.index("fastlocal train") :])
+    assert (config.learning.exact_epochs, config.optimization.epochs, config.exact_share) == (2, 5, 0.4)
+    assert TrainConfig.of(epochs=10, exact_epochs=5, exact_every=5).exact_share == pytest.approx(0.6)
+    _, out, _ = planned(capsys, *memory, "--json")
+    assert {way["accuracy"] for way in json.loads(out)["candidates"]} == {"exact", "local + exact finish", "local"}
+
+
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [

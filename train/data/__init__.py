@@ -52,7 +52,8 @@ __all__ = [
     "training_indices",
 ]
 
-LARGEST_IN_MEMORY = 64  # pixels; images that are larger, or not all of one size, are read from their files
+# Pixels. Images that are larger, not all of one size, or to be augmented one by one are read from their files.
+LARGEST_IN_MEMORY = 64
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,8 @@ def read(config: TrainConfig, source: Mapping[str, Any], saved: Mapping[str, Any
         validation = _limited(read_arrays(config, False, size), config.data.val_limit, config.model.in_chans)
         classes, notes = tuple(saved["classes"] if saved else training[2]), tuple[str, ...]()
         of_data: tuple[tuple[float, ...], tuple[float, ...]] | None = mean_and_std(training[0])
-        own = (training[0].shape[-2], training[0].shape[-1])
-        settings = preset or Preprocessing.resolve(config, source, config.model.img_size or own, of_data)
+        height, width = training[0].shape[-2:]
+        settings = preset or Preprocessing.resolve(config, source, config.model.img_size or (height, width), of_data)
         splits: list[Split] = [
             _array_split(config, part, classes, settings, "the images") for part in (training, validation)
         ]
@@ -109,15 +110,15 @@ def read(config: TrainConfig, source: Mapping[str, Any], saved: Mapping[str, Any
             classes = tuple(saved["classes"])  # in the order that the model learned; others, the fingerprint will tell
         sizes = {header.size for part in parts for header in part.headers}
         small = len(sizes) == 1 and max(next(iter(sizes))) <= LARGEST_IN_MEMORY
-        in_memory = preset.in_memory if preset else small
+        in_memory = preset.in_memory if preset else small and not _asked(config, LARGE)
         if in_memory and len(sizes) > 1:
             raise UserError(
                 f"--data {config.data.name} no longer holds images of one size, and did when the run began."
             )
         pixels = [_pixels(part, config.model.in_chans) for part in parts] if in_memory else None
         of_data = mean_and_std(pixels[0]) if pixels else None
-        own = (pixels[0].shape[-2], pixels[0].shape[-1]) if pixels else designed
-        settings = preset or Preprocessing.resolve(config, source, config.model.img_size or own, of_data)
+        width, height = next(iter(sizes)) if small else designed[::-1]
+        settings = preset or Preprocessing.resolve(config, source, config.model.img_size or (height, width), of_data)
         splits = []
         for number, (part, what) in enumerate(zip(parts, ("training", "validation"), strict=True)):
             check_classes(classes, part.classes, f"the {what} images")
@@ -129,9 +130,16 @@ def read(config: TrainConfig, source: Mapping[str, Any], saved: Mapping[str, Any
                 splits.append(FileSplit(part.pictures, part.kept, tuple(labels), classes, settings, config))
         notes = tuple(_notes(parts, classes))
     _check_augmentation(config, settings.in_memory)
+    if settings.in_memory:
+        _check_small(config, settings, (width, height))
     if len(classes) < 2:
         raise UserError(
             f"--data {config.data.name} has one class, {classes[0]!r}: there is nothing to tell apart; it takes at least two."
+        )
+    shown = {int(label) for label in splits[0].labels}
+    if len(shown) < 2:
+        raise UserError(
+            f"all {len(splits[0])} training images are of class {classes[shown.pop()]!r}: there is nothing to tell apart."
         )
     return Data(splits[0], splits[1], settings, notes)
 
@@ -142,14 +150,31 @@ LARGE = ("vflip", "scale", "ratio", "color_jitter", "aa", "reprob", "train_inter
 
 def _check_augmentation(config: TrainConfig, in_memory: bool) -> None:
     """Refuse augmentation that the images at hand would not get."""
-    for name in LARGE if in_memory else SMALL:
-        if config.get(name) != OPTIONS[name].field.default:
-            reason = (
-                "images of one small size are held in memory, and get --crop-padding, --hflip and --cutout"
-                if in_memory
-                else f"it is for images that are all of one size up to {LARGEST_IN_MEMORY} pixels"
+    for name in _asked(config, LARGE if in_memory else SMALL):
+        reason = (
+            "images of one small size are held in memory, and get --crop-padding, --hflip and --cutout"
+            if in_memory
+            else f"it is for images that are all of one size up to {LARGEST_IN_MEMORY} pixels, and held in memory"
+        )
+        if others := [] if in_memory else _asked(config, LARGE):
+            reason += f"; {flag(others[0])} has them read one by one"
+        raise UserError(f"{flag(name)} would do nothing: {reason}.")
+
+
+def _check_small(config: TrainConfig, settings: Preprocessing, own: tuple[int, int]) -> None:
+    """Refuse what would leave nothing of images in memory, ``own`` pixels wide and high, or have nothing to do."""
+    for name in SMALL:
+        if config.get(name) >= min(own):
+            raise UserError(
+                f"{flag(name)} {config.get(name)} would leave nothing of images of {min(own)} pixels; it takes less."
             )
-            raise UserError(f"{flag(name)} would do nothing: {reason}.")
+    if config.model.interpolation is not None and settings.image_size == own[::-1] and settings.crop_pct == 1:
+        raise UserError("--interpolation would do nothing: the images are taken as they are.")
+
+
+def _asked(config: TrainConfig, names: Sequence[str]) -> list[str]:
+    """Those of the options ``names`` that are not at their default."""
+    return [name for name in names if config.get(name) != OPTIONS[name].field.default]
 
 
 def read_validation(config: TrainConfig, saved: Mapping[str, Any]) -> tuple[Split, tuple[str, ...]]:

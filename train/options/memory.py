@@ -50,7 +50,9 @@ class MemoryOptions(Options):
     )
     amp: bool = option(False, "mixed precision", values.switch)
     amp_dtype: str = option(
-        "auto", "auto: bfloat16 where the device has it, else float16", choices=("auto", "bfloat16", "float16")
+        "auto",
+        "auto: bfloat16 where the device has it, else float16, on a CPU float32",
+        choices=("auto", "bfloat16", "float16"),
     )
 
     def __post_init__(self) -> None:

@@ -29,8 +29,12 @@ class ModelOptions(Options):
         None, "pixels that images are brought to: one side, or height and width", values.size
     )
     in_chans: int = option(3, "1: grey, 3: RGB, 4: RGB and transparency", values.whole, at_least=1, at_most=4)
-    mean: tuple[float, ...] | None = option(None, "mean of the pixels, 0 to 1, per channel", values.numbers)
-    std: tuple[float, ...] | None = option(None, "their standard deviation, likewise", values.numbers, above=0)
+    mean: tuple[float, ...] | None = option(
+        None, "mean of the pixels, 0 to 1, per channel", values.numbers, at_least=0, at_most=1
+    )
+    std: tuple[float, ...] | None = option(
+        None, "their standard deviation, likewise", values.numbers, above=0, at_most=1
+    )
     interpolation: str | None = option(None, "resizing of validation images", choices=INTERPOLATIONS)
     crop_pct: float | None = option(
         None, "side of the validation crop, as a share of the resized image", values.number, above=0
@@ -49,12 +53,16 @@ class ModelOptions(Options):
             raise UserError("--pretrained and --initial-checkpoint exclude each other: both say what to start from.")
 
     def _gather_arguments(self) -> None:
-        """Image size and channels have one home, whichever way they were given."""
+        """What has a flag of its own has one home, whichever way it was given."""
         rest = dict(self.model_kwargs)
-        for name, unset in (("img_size", None), ("in_chans", 3)):
-            if name in rest:
-                value = values.checked(self.__dataclass_fields__[name], rest.pop(name))
+        for argument, name, unset in (
+            ("img_size", "img_size", None),
+            ("in_chans", "in_chans", 3),
+            ("drop_path_rate", "drop_path", 0.0),
+        ):
+            if argument in rest:
+                value = values.checked(self.__dataclass_fields__[name], rest.pop(argument))
                 if getattr(self, name) not in (unset, value):
-                    raise UserError(f"{values.flag(name)} and --model-kwargs {name}=… say different things.")
+                    raise UserError(f"{values.flag(name)} and --model-kwargs {argument}=… say different things.")
                 object.__setattr__(self, name, value)
         object.__setattr__(self, "model_kwargs", rest)

@@ -86,6 +86,8 @@ class OptimizationOptions(Options):
             scale = self.lr_base_scale or ("sqrt" if self.opt.startswith(("ada", "lamb")) else "linear")
             ratio = self.batch_size / self.lr_base_size
             object.__setattr__(self, "lr", self.lr_base * (ratio**0.5 if scale == "sqrt" else ratio))
+        if isinstance(self.class_weights, tuple) and not any(self.class_weights):
+            raise UserError("--class-weights are all 0, so there is nothing to learn; give at least one above 0.")
         if self.bce_loss and self.class_weights is not None:
             raise UserError("--bce-loss and --class-weights exclude each other.")
         if self.warmup_epochs is None:
