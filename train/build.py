@@ -73,7 +73,7 @@ def build_device(config: TrainConfig) -> torch.device:
     else:
         try:
             device = torch.device(config.memory.device)
-            torch.empty(1, device=device)
+            torch.zeros(1, device=device).item()
         except (RuntimeError, AssertionError) as error:
             reason = str(error).splitlines()[0].rstrip(".")
             raise UserError(f"--device {config.memory.device} cannot be used: {reason}.") from None

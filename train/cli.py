@@ -27,7 +27,7 @@ import fastlocal
 from fastlocal.train.config import GROUPS, OPTIONS, TrainConfig
 from fastlocal.train.errors import StoppedError, UserError, nearest, printable, shown
 from fastlocal.train.options.files import read_file
-from fastlocal.train.options.values import SEVERAL, flag
+from fastlocal.train.options.values import SEVERAL, checked, flag
 from fastlocal.train.recipes import NAMED
 from fastlocal.train.signals import INTERRUPTED, end_at_once
 from fastlocal.train.timm_flags import ANSWERS
@@ -165,6 +165,9 @@ def _recipe(name: str, given: dict[str, Any]) -> dict[str, Any]:
     ):
         if said in given:
             recipe = {option: value for option, value in recipe.items() if option not in alternatives}
+    epochs = checked(OPTIONS["epochs"].field, given.get("epochs", recipe["epochs"]))
+    if recipe["warmup_epochs"] > epochs:
+        del recipe["warmup_epochs"]  # a tenth, as without a recipe
     return recipe
 
 

@@ -63,7 +63,8 @@ class _Service:
         self._module, self._run = module, module.init(project=project, **options)
 
     def write(self, values: Mapping[str, float], epoch: int) -> None:
-        self._module.log(dict(values), step=epoch)
+        # Both keep the name "step" for themselves, which is the epoch here.
+        self._module.log({"steps" if name == "step" else name: value for name, value in values.items()}, step=epoch)
 
     def close(self) -> None:
         self._module.finish()

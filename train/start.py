@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -48,6 +49,10 @@ def read_start(place: str) -> StartingPoint:
             said, weights = load_model_config_from_hf(name)[0], dict(load_state_dict_from_hf(name))
             return StartingPoint(weights, place, tuple(map(str, said.get("label_names") or ())), _preprocessing(said))
         path, about = Path(place.removeprefix("local-dir:")), {}
+        if path.is_dir() and not (path / "config.json").is_file():
+            raise UserError(
+                f"--initial-checkpoint {place} is a folder without config.json, which a run and what timm saves have."
+            )
         if path.is_dir():
             about = json.loads((path / "config.json").read_text(encoding="utf-8"))
             path = path / "model.safetensors"
@@ -56,6 +61,10 @@ def read_start(place: str) -> StartingPoint:
         tree = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
     except UserError:
         raise
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"--initial-checkpoint {place} is no checkpoint, or holds more than tensors and plain values; none of it was run."
+        ) from None
     except Exception as error:  # each reader has its own for what is no checkpoint, or holds code
         raise UserError(
             f"--initial-checkpoint {place} cannot be loaded: {printable(str(error), 200).rstrip('.')}."

@@ -81,7 +81,8 @@ def test_epochs_go_to_other_logs(package: str, tmp_path: Path, monkeypatch: pyte
     assert calls[0]["init"]["name"] == "run"
     assert calls[0]["init"]["config"]["epochs"] == 2
     assert [call["step"] for call in calls[1:3]] == [1, 2]
-    assert {"lr", "loss/1", "validation_accuracy/4"} <= calls[1]["log"].keys()
+    assert {"lr", "steps", "loss/1", "validation_accuracy/4"} <= calls[1]["log"].keys()
+    assert "step" not in calls[1]["log"]  # a name that both services keep for themselves
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb", "trackio"])

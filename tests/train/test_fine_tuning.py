@@ -217,5 +217,7 @@ def test_a_recipe_gives_way(monkeypatch: pytest.MonkeyPatch) -> None:
     cli.train(["--recipe", "finetune-vit", "--data", "synthetic", "--lr", "1e-5", "--initial-checkpoint", "w.pt"])
     assert (configs[0].optimization.lr, configs[0].optimization.lr_base) == (1e-5, None)
     assert not configs[0].model.pretrained
+    cli.train(["--recipe", "scratch-224", "--data", "synthetic", "--epochs", "10"])
+    assert configs[1].optimization.warmup_epochs == 1  # its own 20 are more than there are
     with pytest.raises(UserError, match=r"--recipe finetune-vitt is not one of .* did you mean 'finetune-vit'"):
         cli.train(["--recipe", "finetune-vitt"])

@@ -426,6 +426,8 @@ def test_grey_and_transparent_channels_reach_the_model(tmp_path: Path, tiny: Opt
         (("--cutout", "100"), "--cutout 100 would leave nothing of images of 8 pixels; it takes less."),
         (("--exact-every", "1000000"), "--exact-every 1000000 would do nothing: the run has"),
         (("--class-weights", *"0000000000"), "--class-weights are all 0, so there is nothing to learn"),
+        (("--mixup", "0.5", "--mixup-prob", "0"), "--mixup-prob 0 leaves --mixup and --cutmix nothing to do"),
+        (("--device", "meta"), "--device meta cannot be used: "),
         (("--train-limit", "1"), "all 1 training images are of class"),
         (("--mean", "123.7", "116.3", "103.5"), "--mean must be at most 1, got"),
         (

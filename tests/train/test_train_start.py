@@ -68,9 +68,13 @@ def test_what_cannot_be_started_from_is_told(
     cli: Command, flags: Callable[..., list[str]], tmp_path: Path, weights: Path, runs_code: Callable[[Path], object]
 ) -> None:
     torch.save({"state_dict": {"x": runs_code(tmp_path / "ran")}}, tmp_path / "code.pth")
+    (tmp_path / "notes.txt").write_text("weights")
+    (tmp_path / "empty").mkdir()
     for name, reason in (
         ("missing.pth", "is no file"),
-        ("code.pth", "cannot be loaded: Weights only load failed"),
+        ("code.pth", "is no checkpoint, or holds more than tensors and plain values; none of it was run."),
+        ("notes.txt", "is no checkpoint, or holds more"),
+        ("empty", "is a folder without config.json"),
     ):
         code, _, err = cli("train", *flags(initial_checkpoint=str(tmp_path / name)))
         assert (code, err.count("\n")) == (2, 1)

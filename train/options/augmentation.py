@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from fastlocal.train.errors import UserError
 from fastlocal.train.options import values
 from fastlocal.train.options.values import INTERPOLATIONS, Options, option
 
@@ -53,6 +54,11 @@ class AugmentationOptions(Options):
     )
     mixup_mode: str = option("batch", "one mixture per batch, pair or element", choices=("batch", "pair", "elem"))
     mixup_off_epoch: int = option(0, "epoch from which nothing is mixed; 0: never", values.whole, at_least=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mixes and self.mixup_prob == 0:
+            raise UserError("--mixup-prob 0 leaves --mixup and --cutmix nothing to do; leave them out.")
 
     @property
     def mixes(self) -> bool:
