@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import random
 import shutil
 import sys
@@ -65,9 +66,10 @@ def test_what_systems_leave_is_skipped_and_what_is_no_picture_is_counted(tmp_pat
         (train / "dog" / f"{i}.heic").touch()
     (train / "README").touch()
     _picture(train / "stray.png")
+    shutil.copy(train / "cat" / "0.png", train / "cat" / "0.mpo")  # read by what reads JPEGs
     data = _read(root)
     assert data.classes == ("cat", "dog")
-    assert (len(data.training), len(data.validation)) == (8, 8)
+    assert (len(data.training), len(data.validation)) == (9, 8)
     assert data.notes == ("left out: 12 .xyz, 4 .heic, 1 (no ending), 1 beside the class folders",)
 
 
@@ -83,6 +85,17 @@ def test_all_broken_files_are_named_before_training_or_skipped(tmp_path: Path) -
     assert data.notes == ("left out: 4 that cannot be read (--skip-broken)",)
     for split in (data.training, data.validation):
         assert len(list(split.batches([torch.arange(len(split))], None))) == 1
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    root = _folder(tmp_path)
+    os.mkfifo(root / "train" / "cat" / "pipe.png")
+    (root / "train" / "dog" / "gone.png").symlink_to("/nowhere.png")
+    with pytest.raises(UserError, match=r"pipe.png cannot be read: it is no regular file. 2 files .*gone"):
+        _read(root)
+    (root / "train" / "cat" / "above").symlink_to(root / "train")  # whose dogs are no cats
+    assert len(_read(root, skip_broken=True).training) == 8
+    assert _read(root, skip_broken=True).notes == ("left out: 2 that cannot be read (--skip-broken)",)
 
 
 def test_transparency_and_frames_are_told(tmp_path: Path) -> None:
@@ -205,7 +218,7 @@ def test_a_class_renamed_between_stop_and_resume_is_refused(tmp_path: Path, tiny
 # Where validation images come from
 
 
-@pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
+@pytest.mark.parametrize("name", ["val", "valid", "validation", "test", "Val"])
 def test_names_of_the_validation_folder(tmp_path: Path, name: str) -> None:
     root = _folder(tmp_path)
     (root / "val").rename(root / name)
@@ -388,6 +401,7 @@ def test_grey_and_transparent_channels_reach_the_model(tmp_path: Path, tiny: Opt
     [
         (("--memory", "4"), "--memory 4 is 4 bytes; did you mean 4GiB?"),
         (("--data-dir", "HERE"), "would do nothing: --data digits does not lie there; did you mean --data HERE?"),
+        (("--data", __file__), "is a file; of files, only archives that end in .tar are read."),
         (("--data", "HERE/none"), "is no folder or file, and not one of digits"),
         (("--val-split", "0.1"), "--val-split 0.1 would do nothing: --data digits has images to validate on."),
         (("--model-ema-decay", "0.9"), "it needs --model-ema"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -157,6 +159,14 @@ def test_a_folder_of_large_images_gives_the_same_batches_for_any_workers_and_sta
     assert all(torch.equal(a, b) for a, b in zip(alone[1:], helped, strict=True))
     assert not torch.equal(alone[0], batches(0, 0, epoch=2)[0])
     assert torch.equal(batches(0, 0, epoch=None)[0], batches(0, 0, epoch=None)[0])
+
+
+def test_pictures_are_known_before_one_was_opened() -> None:
+    """Pillow loads its readers when they are first asked for."""
+    code = "from fastlocal.train.data.listing import picture_endings; print(*picture_endings())"
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert {".jpg", ".png", ".webp", ".mpo", ".tif"} <= set(told)
+    assert not {".mp4", ".eps", ".pdf"} & set(told)
 
 
 @pytest.mark.parametrize(("size", "workers"), [(20, 0), (100, 0), (100, 1)])

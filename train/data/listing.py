@@ -247,7 +247,7 @@ def list_folder(root: Path, what: str) -> Listing:
             left_out[_ending(entry.name) if _ending(entry.name) not in endings else "beside the class folders"] += 1
             continue
         before = len(names)
-        for path in _files(Path(entry.path)):
+        for path in _files(Path(entry.path), (os.path.realpath(root),)):
             if _ending(path.name) in endings:
                 names.append(path.relative_to(root).as_posix())
                 labels.append(entry.name)
@@ -281,15 +281,16 @@ def told(left_out: Counter[str]) -> str:
 
 
 def split_folder(root: Path, names: tuple[str, ...]) -> Path | None:
-    """The first of the folders ``names`` in ``root``."""
-    return next((root / name for name in names if (root / name).is_dir()), None)
+    """The first of the folders ``names`` in ``root``, in whatever case: "Train" is no class either."""
+    found = {entry.name.lower(): Path(entry.path) for entry in _entries(root) if entry.is_dir()}
+    return next((found[name] for name in names if name in found), None)
 
 
 def picture_endings() -> set[str]:
     """Of the files that this Pillow reads."""
-    return {e for e, format in Image.registered_extensions().items() if format in Image.OPEN} - {
-        e for e, format in Image.registered_extensions().items() if format in _NO_PICTURES
-    }
+    formats = Image.registered_extensions()  # which loads the readers
+    known = {*Image.OPEN, "MPO"} - _NO_PICTURES  # Pillow lists no reader of MPO, for it is that of JPEG
+    return {ending for ending, format in formats.items() if format in known}
 
 
 def _ending(name: str) -> str:

@@ -17,6 +17,8 @@ The orientation that a camera wrote into EXIF is applied; of files with several 
 from __future__ import annotations
 
 import io
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
@@ -99,9 +101,15 @@ def read_picture(source: Source, channels: int = 3, name: str | None = None) -> 
 
 
 def _open(source: Source) -> Image.Image:
-    file: str | Path | IO[bytes] = io.BytesIO(source) if isinstance(source, bytes) else source
+    if isinstance(source, bytes):
+        file: str | Path | IO[bytes] = io.BytesIO(source)
+        length = len(source)
+    else:
+        file, about = source, os.stat(source)
+        if not stat.S_ISREG(about.st_mode):  # opening a pipe would wait for somebody to write to it
+            raise ValueError("it is no regular file")
+        length = about.st_size
     image = Image.open(file)
-    length = len(source) if isinstance(source, bytes) else Path(source).stat().st_size
     if image.width * image.height > LARGEST_FOR_FREE + DENSEST * length:  # before there is memory for its pixels
         image.close()
         raise ValueError(f"it is to have {image.width} × {image.height} pixels, in {length} bytes")
@@ -110,7 +118,8 @@ def _open(source: Source) -> Image.Image:
 
 def _refusal(source: Source, name: str | None, error: BaseException) -> UserError:
     name = name or ("" if isinstance(source, bytes) else str(source))
-    reason = str(error).partition("<_io.")[0].rstrip(" .") or type(error).__name__
+    said = getattr(error, "strerror", None) or str(error)  # of the system's errors without the name, which is told
+    reason = said.partition("<_io.")[0].rstrip(" .") or type(error).__name__
     if "cannot identify image file" in reason:
         reason = "it is no picture that Pillow knows"
     return UserError(f"image file {printable(name, 200)} cannot be read: {printable(reason, 200)}.")

@@ -52,6 +52,10 @@ class DataOptions(Options):
             or (data.startswith("wds/") and os.path.isdir(data.removeprefix("wds/")))
             or (data.endswith(".tar") and os.path.isfile(data))
         ):
+            if os.path.isfile(data):
+                raise UserError(
+                    f"--data {printable(data, 80)} is a file; of files, only archives that end in .tar are read."
+                )
             what = "no folder or file, and " if os.sep in data else ""
             raise UserError(
                 f"--data {printable(data, 80)} is {what}not one of {', '.join(DATA)}{nearest(data, (*ARRAYS, 'folder:'))}"
