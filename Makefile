@@ -14,13 +14,15 @@ SHARE ?= 1
 soak: $(VENV)/.installed
 	OMP_NUM_THREADS=1 PYTHONPATH=tests $(VENV)/bin/python -m soak --share $(SHARE)
 
-# The oldest of everything that pyproject.toml allows, really installed, setuptools included. Needs python3.10; uv resolves.
+# The oldest of everything that pyproject.toml allows, really installed, setuptools included; uv resolves. Gigabytes.
+# With pyenv: make test-oldest OLDEST_PYTHON=~/.pyenv/versions/3.10.13/bin/python
 OLDEST ?= .venv-oldest
+OLDEST_PYTHON ?= python3.10
 test-oldest:
-	$(PYTHON) -m venv $(OLDEST)-uv && $(OLDEST)-uv/bin/python -m pip install -q uv
-	$(OLDEST)-uv/bin/uv venv -q --clear --python 3.10 $(OLDEST)
-	VIRTUAL_ENV=$(OLDEST) $(OLDEST)-uv/bin/uv pip install -q setuptools==64.0.0 wheel
-	VIRTUAL_ENV=$(OLDEST) $(OLDEST)-uv/bin/uv pip install -q --no-build-isolation --resolution lowest-direct -e '.[test]'
+	$(OLDEST_PYTHON) -m venv --clear $(OLDEST)
+	$(OLDEST)/bin/python -m pip install -q uv
+	VIRTUAL_ENV=$(OLDEST) $(OLDEST)/bin/uv pip install -q setuptools==64.0.0 wheel
+	VIRTUAL_ENV=$(OLDEST) $(OLDEST)/bin/uv pip install -q --no-build-isolation --resolution lowest-direct -e '.[test]'
 	OMP_NUM_THREADS=1 $(OLDEST)/bin/python -m pytest -n auto
 
 # Editable, because an installed copy would hide behind ./fastlocal when used from inside the checkout.

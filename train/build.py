@@ -101,6 +101,7 @@ def build_model(
         UserError: the architecture is not supported, refuses an argument, does not fit the image size, or there are no
             such weights.
     """
+    pretrained_configuration(config.model.name)  # a name of timm's, and no address that it would open
     arguments = {
         "drop_path_rate": config.model.drop_path,
         **config.model.model_kwargs,

@@ -29,8 +29,10 @@ from fastlocal.train.errors import StoppedError, UserError, nearest, printable, 
 from fastlocal.train.options.files import read_file
 from fastlocal.train.options.values import SEVERAL, checked, flag
 from fastlocal.train.recipes import NAMED
-from fastlocal.train.signals import INTERRUPTED, end_at_once
+from fastlocal.train.signals import INTERRUPTED, end_after_errors, end_at_once
 from fastlocal.train.timm_flags import ANSWERS
+
+LONGEST_END = 15  # seconds from an error to the end of a process of several
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -129,7 +131,8 @@ def train(argv: list[str]) -> int:
     if config is not None and (sentences := config.without_effect(parser.parse(argv))):
         raise UserError(sentences[0])
 
-    with end_at_once():
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    with end_at_once(), end_after_errors(LONGEST_END) if several else contextlib.nullcontext():
         import torch
 
         from fastlocal.distributed import RankLost

@@ -19,7 +19,7 @@ from fastlocal.distributed import Ranks
 from fastlocal.train import checkpoint as checkpoints
 from fastlocal.train.build import build_device, build_model, build_trainer
 from fastlocal.train.config import TrainConfig
-from fastlocal.train.data import Preprocessing, Split, read_validation
+from fastlocal.train.data import Preprocessing, Split, read_validation, refuse_unasked
 from fastlocal.train.errors import UserError, printable
 from fastlocal.train.export import load_run
 from fastlocal.train.sheet import contact_sheet
@@ -180,6 +180,7 @@ def evaluate_saved(path: str | Path, report: str | Path | None = None, **changes
     if report is not None:
         _check_plots("--report")
     saved = open_saved(path, **changes)
+    refuse_unasked(saved.config, changes)
     settings = {"preprocessing": saved.preprocessing.to_dict(), "classes": list(saved.classes)}
     split, notes = read_validation(saved.config, settings)
     loss, correct, top5 = (torch.zeros(len(saved.exits), dtype=torch.float64) for _ in range(3))

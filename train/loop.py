@@ -43,7 +43,7 @@ from fastlocal.train.build import (
 )
 from fastlocal.train.config import TrainConfig, to_yaml
 from fastlocal.train.curves import DRAWN, Curves
-from fastlocal.train.data import differences, read, training_indices
+from fastlocal.train.data import differences, read, refuse_unasked, training_indices
 from fastlocal.train.errors import UserError
 from fastlocal.train.evaluation import Measured, validate
 from fastlocal.train.export import local_dir_configuration
@@ -182,6 +182,7 @@ def resume(folder: str | Path, **changes: Any) -> Summary:
         for name in changes:
             if name not in RESUMABLE and config.get(name) != TrainConfig.of(**kept).get(name):
                 raise UserError(f"{flag(name)} cannot change on --resume; start a new run to change it.")
+        refuse_unasked(config, changes)
         with joined(config) as crew:
             return _Run(config, crew, opened, saved).train()
     finally:

@@ -26,7 +26,7 @@ from fastlocal.train.errors import UserError
 from fastlocal.train.options.values import flag
 from fastlocal.train.report import Report
 from fastlocal.train.signals import StopRequest
-from fastlocal.train.watch import JOIN, joined_store, watched
+from fastlocal.train.watch import GRACE, JOIN, ending_after, joined_store, watched
 
 T = TypeVar("T")
 
@@ -82,9 +82,9 @@ def joined(config: TrainConfig) -> Iterator[Crew]:
     timeout = timedelta(seconds=options.timeout)
     with contextlib.ExitStack() as watch:
         rank = int(os.environ.get("RANK", "0"))
-        with Ranks(timeout=JOIN).waiting():
+        with Ranks(timeout=JOIN).waiting(), ending_after(JOIN + GRACE):
             store = joined_store(rank)
-            watch.enter_context(watched(store, rank, count))
+            watch.enter_context(watched(store, rank, count, options.timeout))
         with Ranks(timeout=options.timeout).waiting():
             store.set_timeout(timeout)
             backend = "cpu:gloo,cuda:nccl" if card else "gloo"

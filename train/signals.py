@@ -108,6 +108,20 @@ def end_at_once() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextlib.contextmanager
+def end_after_errors(seconds: int) -> Iterator[None]:
+    """Where an error ends the block, it ends the process too: after ``seconds`` the system does, whatever it waits for then.
+
+    As Python ends, destructors of torch's process groups may wait for processes that wait for this one.
+    """
+    try:
+        yield
+    except BaseException:
+        if hasattr(signal, "alarm"):  # Windows has none
+            signal.alarm(seconds)
+        raise
+
+
 def _handle_with(handler: Any, previous: dict[int, Any]) -> None:
     if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
         for number in STOPPING:

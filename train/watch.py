@@ -6,7 +6,9 @@
 
 torch.distributed notices such an end only between processes that are connected already, and not while a card computes: where
 groups are being made, or on nccl, a process would wait until ``--timeout``. So these connections come before any group. A
-process that leaves well says so first; when a connection closes without that, process 0 closes the others, and all stop.
+process that leaves well says so first, and process 0 leaves last; when a connection closes without that, process 0 closes the
+others, and all stop. What comes before the connections, in `joined_store`, has an end of its own: torch's store waits without
+one for an answer of whatever listens at its address.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from torch.distributed import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from fastlocal.distributed import RankLost
-from fastlocal.train.errors import StoppedError
+from fastlocal.train.errors import StoppedError, UserError
 
 JOIN = 45.0  # seconds after which a process that has not started counts as lost
 GRACE = 10.0  # seconds in which a process may come to notice by itself, and end as usual
@@ -45,6 +47,7 @@ def joined_store(rank: int) -> Store:
     Raises:
         TimeoutError: it cannot be reached.
         RuntimeError: another process has not come.
+        UserError: another program has the port.
         ValueError: it is not said where it is.
     """
     deadline = time.monotonic() + JOIN
@@ -57,20 +60,43 @@ def joined_store(rank: int) -> Store:
             if time.monotonic() > deadline:
                 raise TimeoutError("timed out") from None
             time.sleep(0.1)
-    store, *_ = next(rendezvous("env://", timeout=timedelta(seconds=JOIN)))
+    try:
+        store, *_ = next(rendezvous("env://", timeout=timedelta(seconds=JOIN)))
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise UserError(
+            f"port {address[1]}, at which the processes were to meet, is in use: choose another with --master-port of torchrun."
+        ) from None
     # When torchrun starts processes again, its store still has what those before them said.
     return PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 @contextlib.contextmanager
-def watched(store: Store, rank: int, size: int) -> Iterator[None]:
+def ending_after(seconds: float) -> Iterator[None]:
+    """End this process, with the sentence and the exit code of `RankLost`, if the block takes longer than ``seconds``."""
+    timer = threading.Timer(seconds, _end, [RankLost.silent(seconds)])
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
+def watched(store: Store, rank: int, size: int, timeout: float) -> Iterator[None]:
     """End this process, with the sentence and the exit code of `RankLost`, if it does not end by itself after another did.
+
+    The processes leave the block together.
 
     Args:
         store: where process 0 says at what port it listens.
+        timeout: seconds in which those that are behind must come to the end of the block.
 
     Raises:
         TimeoutError: another process has not come.
+        RankLost: another process has not come to the end.
     """
     ends = _accepted(store, size - 1) if rank == 0 else [_connected(store)]
     for end in ends:
@@ -81,18 +107,24 @@ def watched(store: Store, rank: int, size: int) -> Iterator[None]:
                 end.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
         if hasattr(os, "register_at_fork"):
             os.register_at_fork(after_in_child=end.close)  # workers that read data may outlive the process for a while
-    leaving = threading.Event()
-    thread = threading.Thread(target=_watch, args=(list(ends), leaving), daemon=True)
+    thread = threading.Thread(target=_watch, args=(list(ends),), daemon=True)
     thread.start()
-    yield
-    leaving.set()  # not after an error: then the others are to stop
-    for end in ends:
-        with contextlib.suppress(OSError):
-            end.sendall(LEAVES)
-            end.shutdown(socket.SHUT_RDWR)
-    thread.join(GRACE)
+    yield  # after an error nobody leaves: the connections stay until the process is gone
+    if rank:
+        _leave(ends)
+    thread.join(timeout)
+    if thread.is_alive():
+        raise RankLost(RankLost.silent(timeout))
+    if rank == 0:
+        _leave(ends)
     for end in ends:
         end.close()
+
+
+def _leave(ends: list[socket.socket]) -> None:
+    for end in ends:
+        with contextlib.suppress(OSError):  # the thread tells
+            end.sendall(LEAVES)
 
 
 def _accepted(store: Store, count: int) -> list[socket.socket]:
@@ -125,7 +157,8 @@ def _connected(store: Store) -> socket.socket:
     return end
 
 
-def _watch(ends: list[socket.socket], leaving: threading.Event) -> None:
+def _watch(ends: list[socket.socket]) -> None:
+    """Until all have left."""
     while ends:
         for end in wait(ends):
             assert isinstance(end, socket.socket)
@@ -133,15 +166,24 @@ def _watch(ends: list[socket.socket], leaving: threading.Event) -> None:
                 word = end.recv(1)
             except OSError:
                 word = b""
-            if leaving.is_set():
-                return
             ends.remove(end)
             if word != LEAVES:
                 for other in ends:
                     with contextlib.suppress(OSError):
                         other.shutdown(socket.SHUT_RDWR)
-                if not leaving.wait(GRACE):
-                    with contextlib.suppress(OSError):
-                        os.write(2, f"error: {RankLost.ENDED} {SAVED}\n".encode())
-                    os._exit(StoppedError.exit_code)
-                return
+                time.sleep(GRACE)
+                _end(RankLost.ENDED)
+
+
+def _end(sentence: str) -> None:
+    """End this process at once, whatever its main thread waits for."""
+    # A terminal that is paused, or a pipe that nobody reads, must not keep it.
+    telling = threading.Thread(target=_tell, args=(f"error: {sentence} {SAVED}\n",), daemon=True)
+    telling.start()
+    telling.join(1.0)
+    os._exit(StoppedError.exit_code)
+
+
+def _tell(text: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, text.encode())

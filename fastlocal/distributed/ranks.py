@@ -32,6 +32,11 @@ class RankLost(RuntimeError):
 
     ENDED = "another process of this run has ended or lost its connection, so this one stops as well."
 
+    @staticmethod
+    def silent(seconds: float) -> str:
+        """What to say of a process that has given no answer for ``seconds``."""
+        return f"another process of this run did not answer for {seconds:g} seconds, so this one stops as well."
+
 
 @dataclass(frozen=True)
 class Axis:
@@ -108,10 +113,7 @@ class Ranks:
             text = str(error)  # gloo calls a refused connection one that timed out
             if ("imed out" not in text and "imeout" not in text) or "SO_ERROR" in text:
                 raise RankLost(RankLost.ENDED) from error
-            seconds = f"{self.timeout.total_seconds():g} seconds"
-            raise RankLost(
-                f"another process of this run did not answer for {seconds}, so this one stops as well."
-            ) from error
+            raise RankLost(RankLost.silent(self.timeout.total_seconds())) from error
 
     def check_same(self, ours: Mapping[str, Any]) -> None:
         """Refuse processes that were started with different arguments; each argument is compared by its ``repr``.

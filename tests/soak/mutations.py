@@ -7,6 +7,7 @@ process had a blow-up.
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import random
@@ -14,6 +15,7 @@ import resource
 import shutil
 import signal
 import struct
+import tarfile
 import traceback
 import warnings
 from collections import Counter
@@ -28,8 +30,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from fastlocal.train import checkpoint, loop
-from fastlocal.train.build import build_model
+from fastlocal.train import checkpoint, data, loop
+from fastlocal.train.build import build_model, pretrained_configuration
 from fastlocal.train.config import TrainConfig, to_yaml
 from fastlocal.train.errors import UserError
 from fastlocal.train.options.files import read_file
@@ -248,6 +250,7 @@ def targets(folder: Path) -> Iterator[Target]:
     yield _safetensors(folder, run)
     yield from _configurations(folder)
     yield from _images(folder)
+    yield from _data_sets(folder)
 
 
 def _of_bytes(name: str, path: Path, read: Callable[[], object]) -> Target:
@@ -345,3 +348,52 @@ def _images(folder: Path) -> Iterator[Target]:
         path = folder / f"mutant.{encoding.lower()}"
         Image.fromarray(pixels).save(path, encoding)
         yield _of_bytes(f"image, {encoding}", path, lambda path=path: read_picture(path))
+
+
+def _data_sets(folder: Path) -> Iterator[Target]:
+    """A training set in each format but folders, whose pictures `_images` has; torchvision compares the others' MD5."""
+    draw = np.random.default_rng(0)
+    pixels, labels = draw.integers(0, 256, (8, 28, 28), dtype=np.uint8), np.arange(8, dtype=np.uint8) % 4
+
+    raw = folder / "torchvision" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    for split in ("train", "t10k"):
+        (raw / f"{split}-images-idx3-ubyte").write_bytes(struct.pack(">4I", 0x803, *pixels.shape) + pixels.tobytes())
+        (raw / f"{split}-labels-idx1-ubyte").write_bytes(struct.pack(">2I", 0x801, len(labels)) + labels.tobytes())
+    for name in ("images-idx3", "labels-idx1"):
+        config = TrainConfig.of(**{**TINY, "data": "fashion-mnist", "data_dir": str(raw.parents[1])})
+        yield _of_data(f"Fashion-MNIST, {name}", raw / f"train-{name}-ubyte", config)
+
+    shards, encoded = folder / "shards", io.BytesIO()
+    shards.mkdir()
+    Image.fromarray(pixels[0]).save(encoded, "PNG")
+    for split in ("train", "val"):
+        entries = {f"{i:04}.png": encoded.getvalue() for i in range(len(labels))}
+        entries |= {f"{i:04}.cls": str(label).encode() for i, label in enumerate(labels)}
+        _write_tar(shards / f"{split}-0.tar", entries)
+    config = TrainConfig.of(**{**TINY, "data": f"wds/{shards}"})
+    yield _of_data("WebDataset", shards / "train-0.tar", config)
+
+    archive = folder / "archive.tar"
+    _write_tar(archive, {f"class {label}/{i}.png": encoded.getvalue() for i, label in enumerate(labels)})
+    config = TrainConfig.of(**{**TINY, "data": str(archive), "val_split": 0.5})
+    yield _of_data("archive", archive, config)
+
+
+def _write_tar(path: Path, entries: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w") as archive:
+        for name, content in sorted(entries.items()):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+def _of_data(name: str, path: Path, config: TrainConfig) -> Target:
+    source = pretrained_configuration(config.model.name)
+
+    def read() -> None:
+        split = data.read(config, source).training
+        for _ in split.batches(list(torch.arange(len(split)).split(4)), None):
+            pass
+
+    return _of_bytes(name, path, read)

@@ -7,6 +7,7 @@ their standard streams opened as the request says.
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import gc
 import io
 import json
@@ -63,7 +64,7 @@ class Processes:
 
         Args:
             code: Python that it runs first.
-            deadline: seconds after which it is killed.
+            deadline: seconds after which it is killed, having written to stderr where it was.
         """
         streams = [None if stream is None else str(stream) for stream in (stdout, stderr)]
         command = [str(argument) for argument in arguments]
@@ -115,6 +116,7 @@ def _become(request: dict[str, Any]) -> None:
 
     os.setpgid(0, 0)
     signal.alarm(request["deadline"])
+    faulthandler.dump_traceback_later(request["deadline"] - 2, file=2)  # where it hangs, before it is killed
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor, path in enumerate(request["streams"], start=1):
         os.close(descriptor)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,6 +26,7 @@ BOTH = [*MODULES, "--data-parallel", 2]
 @pytest.fixture(scope="module")
 def processes() -> Iterator[Processes]:
     with Processes() as processes:
+        assert processes.run(["--version"]) == 0  # the first one waits for imports, which tests of time must not
         yield processes
 
 
@@ -211,3 +215,51 @@ def test_what_is_refused_at_the_start(processes: Processes, tmp_path: Path) -> N
     assert "--queue 1 would do nothing: it needs --parallel modules" in refused(2, "--queue", 1)
     assert "--parallel 'modules' would do nothing: this is one process" in refused(1, *MODULES)
     assert not (tmp_path / "refused").exists()
+
+
+@pytest.mark.parametrize("place", ["a stranger", "process 0"])
+def test_what_never_answers_at_the_start_is_not_waited_for(processes: Processes, tmp_path: Path, place: str) -> None:
+    """torch's store has no end of its own for that: not where a stranger listens, nor where process 0 hangs."""
+    hurry = "from fastlocal.train import ranks, watch; ranks.GRACE = 1.0; watch.JOIN = ranks.JOIN = 2.0"
+    stops = "import os, signal; ranks.watched = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)"
+    begun = time.monotonic()
+    if place == "a stranger":
+        with socket.create_server(("127.0.0.1", 0)) as stranger:
+            where = {"MASTER_PORT": stranger.getsockname()[1]}
+            codes, errors = Crew(processes, 2, flags(tmp_path, "run"), code={0: hurry, 1: hurry}, **where).wait()
+        assert codes == [2, 143]
+        assert f"error: port {where['MASTER_PORT']}, at which the processes were to meet, is in use" in errors[0]
+    else:
+        crew = Crew(processes, 2, flags(tmp_path, "run"), code={0: f"{hurry}; {stops}", 1: hurry})
+        codes, errors = [0, processes.wait(crew.members[1])], ["", (crew.errors / "1").read_text()]
+        crew.kill(0)
+        assert processes.wait(crew.members[0]) == -signal.SIGKILL
+        assert codes[1] == 143
+    assert time.monotonic() - begun < 30
+    assert errors[1].startswith("error: another process of this run did not answer for ")
+    assert errors[1].count("\n") == 1
+
+
+@pytest.mark.parametrize("victim", [0, 2])
+def test_all_leave_together(processes: Processes, tmp_path: Path, victim: int) -> None:
+    """A process that is killed when the others are done stops them as ever, and what is saved is whole."""
+    dies = "from fastlocal.train import ranks; import os, signal; "
+    dies += "ranks.dist.destroy_process_group = lambda: os.kill(os.getpid(), signal.SIGKILL)"
+    hurry = "from fastlocal.train import watch; watch.GRACE = 0.5"
+    code = {rank: dies if rank == victim else hurry for rank in range(4)}
+    codes, errors = Crew(processes, 4, flags(tmp_path, "run", *BOTH), code=code).wait()
+    assert codes.pop(victim) == -signal.SIGKILL
+    assert codes == [143] * 3, errors
+    trained(processes, 1, ["train", "--resume", tmp_path / "run", "--data-parallel", 1])
+
+
+def test_a_process_that_cannot_end_after_an_error_is_ended() -> None:
+    hangs = (
+        "import sys, threading, time\n"
+        "from fastlocal.train.signals import end_after_errors\n"
+        "threading.Thread(target=time.sleep, args=(60,)).start()\n"  # Python waits for it
+        "with end_after_errors(1):\n    sys.exit(2)\n"
+    )
+    begun = time.monotonic()
+    assert subprocess.run([sys.executable, "-c", hangs]).returncode == -signal.SIGALRM
+    assert time.monotonic() - begun < 50

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from soak import mutations
 
 from fastlocal.train import checkpoint, loop
@@ -40,6 +41,13 @@ def test_mutated_images_are_read_or_refused(targets: dict[str, mutations.Target]
         tally = mutations.try_mutants(targets[f"image, {encoding}"], 100, seed=1)
         assert not tally.examples
         assert tally.outcomes["refused"] > 10
+
+
+@pytest.mark.parametrize("kind", ["Fashion-MNIST, images-idx3", "Fashion-MNIST, labels-idx1", "WebDataset", "archive"])
+def test_mutated_data_sets_are_read_or_refused(kind: str, targets: dict[str, mutations.Target]) -> None:
+    tally = mutations.try_mutants(targets[kind], 60, seed=1)
+    assert not tally.examples
+    assert tally.outcomes["refused"] > 10
 
 
 @pytest.mark.parametrize("bomb", mutations.BOMBS, ids=lambda text: text[:20].strip())
@@ -84,6 +92,38 @@ def test_a_checkpoint_has_nothing_fetched(
         assert told.code == (0 if "download" in changes else 2)
         assert cli("eval", run / "last.pt").code == told.code
     assert [config.data.download for config in seen] == [False]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"data": "hfds/somebody/images"}, {"model": "hf-hub:somebody/vit"}, {"model": "local-dir:/etc"}],
+)
+def test_a_checkpoint_has_nothing_opened_that_nobody_asked_for(
+    changes: dict[str, str],
+    tiny: Callable[..., dict[str, Any]],
+    cli: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Local paths of images are a run's own data: they are read, and named in what is printed."""
+    run = loop.run(TrainConfig.of(**tiny(epochs=1))).folder
+    saved = torch.load(run / "last.pt", weights_only=True)
+    for name in ("best.pt", "last.pt"):
+        torch.save({**saved, "config": {**saved["config"], **changes}}, run / name)
+
+    def opened(*_: Any, **__: Any) -> None:
+        raise AssertionError("opened")
+
+    for place in ("load_model_config_from_hf", "load_model_config_from_path"):
+        monkeypatch.setattr(f"timm.models._factory.{place}", opened)
+    monkeypatch.setattr("timm.data.create_dataset", opened)
+    picture = run / "x.png"
+    Image.new("RGB", (8, 8)).save(picture)
+    for command in (("train", "--resume", run), ("eval", run), ("eval", run / "last.pt")):
+        told = cli(*command)
+        assert told.code == 2
+        assert next(iter(changes.values())) in told.err
+        assert "opened" not in told.err
+    assert cli("predict", run, picture).code == (0 if "data" in changes else 2)
 
 
 def _write_archive(path: Path, content: bytes, compression: int = zipfile.ZIP_STORED) -> None:

@@ -49,6 +49,7 @@ __all__ = [
     "fingerprint",
     "read",
     "read_validation",
+    "refuse_unasked",
     "training_indices",
 ]
 
@@ -196,6 +197,19 @@ def read_validation(config: TrainConfig, saved: Mapping[str, Any]) -> tuple[Spli
     return FileSplit(part.pictures, part.kept, labels, classes, settings, config), tuple(_notes((part,), classes))
 
 
+def refuse_unasked(config: TrainConfig, asked: Mapping[str, Any]) -> None:
+    """Refuse to fetch what a checkpoint's ``config`` names and the options that were ``asked`` for do not.
+
+    Raises:
+        UserError: the images lie on the Hugging Face hub.
+    """
+    if config.data.name.startswith("hfds/") and "data" not in asked:
+        name = printable(config.data.name, 200)
+        raise UserError(
+            f"the run was trained on {name}, and nothing is fetched because a file says so: add --data {name}."
+        )
+
+
 def check_classes(known: Sequence[str], found: Sequence[str], where: str) -> None:
     """Refuse labels outside the classes that a model was built for.
 
@@ -323,7 +337,8 @@ def _array_split(
 ) -> MemorySplit:
     images, labels, names = arrays
     present = labels.unique().tolist()
-    check_classes(classes, [names[i] for i in present], where)
+    known = dict(enumerate(names))
+    check_classes(classes, [known.get(i, str(i)) for i in present], where)
     places = torch.tensor([list(classes).index(name) if name in classes else -1 for name in names])
     return _memory_split(config, images, places[labels], classes, settings)
 

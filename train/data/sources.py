@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastlocal.train.augment import generator_for
 from fastlocal.train.config import TrainConfig
-from fastlocal.train.errors import UserError
+from fastlocal.train.errors import UserError, printable
 
 Arrays = tuple[Tensor, Tensor, Sequence[str]]  # images [N, 3, H, W] uint8, labels [N] int64, names of the classes
 
@@ -69,6 +69,13 @@ def _torchvision(config: TrainConfig, training: bool) -> Arrays:
             f"--data {kind} is not (whole) in {config.data.data_dir!r}: add --download to fetch it, or --data-dir FOLDER "
             "to say where it is."
         ) from None
+    except Exception as error:  # torchvision's readers check what they read with whatever numpy and torch raise
+        reason = printable(str(error), 200).rstrip(".") or type(error).__name__
+        raise UserError(f"--data {kind} in {config.data.data_dir!r} cannot be read: {reason}.") from None
+    if len(images) != len(labels) or images.ndim != 4 or not len(images):
+        raise UserError(
+            f"--data {kind} in {config.data.data_dir!r} cannot be read: {len(images)} images and {len(labels)} labels."
+        )
     classes = getattr(source, "classes", None) or [str(i) for i in range(10)]
     return images, torch.as_tensor(labels).long(), [str(entry) for entry in classes]
 
