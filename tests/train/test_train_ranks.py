@@ -220,7 +220,7 @@ def test_what_is_refused_at_the_start(processes: Processes, tmp_path: Path) -> N
 @pytest.mark.parametrize("place", ["a stranger", "process 0"])
 def test_what_never_answers_at_the_start_is_not_waited_for(processes: Processes, tmp_path: Path, place: str) -> None:
     """torch's store has no end of its own for that: not where a stranger listens, nor where process 0 hangs."""
-    hurry = "from fastlocal.train import ranks, watch; ranks.GRACE = 1.0; watch.JOIN = ranks.JOIN = 2.0"
+    hurry = "from fastlocal.train import ranks, watch; ranks.GRACE = 1.0; watch.JOIN = ranks.JOIN = 4.0"
     stops = "import os, signal; ranks.watched = lambda *_: os.kill(os.getpid(), signal.SIGSTOP)"
     begun = time.monotonic()
     if place == "a stranger":
