@@ -4,9 +4,11 @@
     Backbone            a model of your own as stem, blocks and head
     register_backbone   tells of a whole class of models once
     plan, Plan          the fastest way to train within a memory budget
-    kernels             fused ops: attention, window_attention, reconstruction_loss; accelerate(model)
+    kernels             fused ops: attention, window_attention,
+                        reconstruction_loss; accelerate(model)
 
-The names load on first use, so that ``import fastlocal`` and the command line's ``--help`` need neither torch nor timm.
+The names load on first use, so that ``import fastlocal`` and the command
+line's ``--help`` need neither torch nor timm.
 """
 
 from __future__ import annotations

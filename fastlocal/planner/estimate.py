@@ -197,11 +197,12 @@ class Cut:
         )
 
     def _fetched(self, residency: Keep, weights: Weights) -> float:
-        """Bytes of weights that come to the device: each module's once, with exact gradients twice but for the last."""
+        """Bytes of weights that come to the device: each module's once, with exact gradients twice, but for the last and those
+        that are only run."""
         if residency != "module":
             return 0.0
         sizes = [own - c / 2 * (weights == "low") for own, c in zip(self._owned, self._castable, strict=True)]
-        return sum(sizes) + (sum(sizes[:-1]) if self.objective.exact else 0)
+        return sum(sizes) + (sum(sizes[self._first : -1]) if self.objective.exact else 0)
 
     # Memory
 
@@ -216,6 +217,11 @@ class Cut:
     @functools.cached_property
     def _trained(self) -> list[int]:
         return [sum(part.trained for part in parts) for parts in self.parts]
+
+    @functools.cached_property
+    def _first(self) -> int:
+        """The first module that trains anything; those before it are only run."""
+        return next((k for k, trained in enumerate(self._trained) if trained), len(self.parts) - 1)
 
     def _is_last(self, k: int) -> bool:
         """Whether module ``k`` is the model's last."""
@@ -262,6 +268,8 @@ class Cut:
         span, parts = self.spans[k], self.parts[k]
         saved = [part.saved.at(micro_batch) - (part.castable / 2 if weights == "low" else 0) for part in parts]
         work = max(part.work.at(micro_batch) for part in parts)
+        if k < self._first:
+            return self.profile.boundary(span.stop) * micro_batch * 2 + work
         outputs = sum(self.profile.boundary(i + 1) for i in span) * micro_batch
         if recompute == "block" and not self.measures_residual[k]:
             inputs = outputs + self.profile.boundary(span.start) * micro_batch
@@ -297,19 +305,21 @@ class Cut:
 
     @functools.cached_property
     def _plain(self) -> float:
-        profile = self.profile
-        return sum(part.forward + part.backward for part in (profile.stem, *profile.blocks, profile.head))
+        parts = (self.profile.stem, *self.profile.blocks, self.profile.head)
+        return sum(part.forward for part in parts) + _backward(parts)
 
     def _flops(self, recompute: Recompute) -> float:
         """FLOPs per sample."""
-        total = sum(part.forward + part.backward for parts in self.parts for part in parts)
-        if (
-            self.objective.exact
-        ):  # one more forward of all modules but the last, without what a local objective adds to them
-            before = self.profile.blocks[: self.spans[-1].start]
-            total += sum(part.forward for part in (self.profile.stem, *before)) if before else 0.0
+        total = sum(part.forward for parts in self.parts for part in parts)
+        learns = enumerate(self.parts[self._first :])
+        total += sum(_backward(parts, entered=self.objective.exact and k > 0) for k, parts in learns)
+        learning = self.spans[self._first :]
+        if self.objective.exact:  # one more forward of those but the last, without what a local objective adds to them
+            again = [self.profile.blocks[i] for span in learning[:-1] for i in span]
+            total += sum(part.forward for part in again)
+            total += self.profile.stem.forward if again and learning[0].start == 0 else 0.0
         if recompute == "block":
-            total += sum(self.profile.blocks[i].forward for span in self.spans for i in span[:-1])
+            total += sum(self.profile.blocks[i].forward for span in learning for i in span[:-1])
         return total
 
     def _traffic(self, residency: Keep, boundaries: Home, weights: Weights) -> float:
@@ -318,9 +328,15 @@ class Cut:
         if residency == "module":
             total += self._fetched(residency, weights) + sum(self._trained)
             if weights == "low":  # the fp32 master comes for the update, and the cast goes back with it
-                total += 1.5 * sum(self._castable)
+                total += 1.5 * sum(part.recast for parts in self.parts for part in parts)
         if boundaries == "host":
             standing = sum(self._boundary(k) for k in range(1, len(self.spans)))
             crossings = 5 if self.objective.exact else 2
             total += self.batch_size * (crossings * standing + self.profile.image * (1 + self.objective.exact))
         return total
+
+
+def _backward(parts: Sequence[Cost], entered: bool = False) -> float:
+    """FLOPs per sample of the backward through ``parts``: to the first that is trained, or to what ``entered`` them."""
+    first = 0 if entered else next((i for i, part in enumerate(parts) if part.trained), len(parts))
+    return sum(part.backward for part in parts[first:])

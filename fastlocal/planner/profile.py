@@ -44,7 +44,8 @@ class Cost:
     """What a forward and a backward take.
 
     Attributes:
-        weights: bytes of the parameters, and of them ``trained`` and ``castable`` (what autocast would cast).
+        weights: bytes of the parameters, and of them ``trained`` and ``castable`` (what autocast would cast), and what of
+            these is ``recast``, for it is trained.
         saved: bytes that autograd keeps from forward to backward.
         work: bytes beyond these, the parameters, their gradients and the output at the worst moment.
         forward, backward: FLOPs per sample.
@@ -53,6 +54,7 @@ class Cost:
     weights: int
     trained: int
     castable: int
+    recast: int
     saved: Line
     work: Line
     forward: float
@@ -115,10 +117,12 @@ class Profile:
         runs = [self._run(part, source, first, extra, samples) for samples in SIZES]
         for parameter in parameters:
             parameter.grad = None
+        castable = [cast(Tensor, m.weight) for m in part.modules() if type(m) in (nn.Linear, nn.Conv2d)]
         return Cost(
             weights=sum(p.nbytes for p in parameters),
             trained=sum(p.nbytes for p in trained),
-            castable=sum(cast(Tensor, m.weight).nbytes for m in part.modules() if type(m) in (nn.Linear, nn.Conv2d)),
+            castable=sum(weight.nbytes for weight in castable),
+            recast=sum(weight.nbytes for weight in castable if weight.requires_grad),
             saved=Line.through([run[0] for run in runs]),
             work=Line.through([run[1] for run in runs]),
             forward=runs[1][2] / SIZES[1],

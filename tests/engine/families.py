@@ -9,12 +9,15 @@ equal the model bit for bit, and train, is what test_backbones.py tests, on the 
 from __future__ import annotations
 
 import csv
+import multiprocessing
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fastlocal.backbones import backbone
 
@@ -22,6 +25,31 @@ TABLE = Path(__file__).with_name("families.csv")
 PAGE = Path(__file__).parents[2] / "docs" / "families.md"
 COLUMNS = ("name", "class", "parameters", "blocks", "refused")
 CHANNEL_GATES = {"SplitAttn", "SelectiveKernelAttn"}  # of ResNets: they attend to channels, not to positions
+
+
+# What timm's models and torch's layers initialize weights with.
+FILLS = {
+    "normal_",
+    "trunc_normal_",
+    "uniform_",
+    "kaiming_uniform_",
+    "kaiming_normal_",
+    "xavier_uniform_",
+    "xavier_normal_",
+}
+FILLS |= {"zero_", "fill_", "copy_", "erfinv_", "mul_", "add_", "clamp_"}
+
+
+class Uninitialized(TorchFunctionMode):
+    """Leaves tensors on the meta device alone, which have no values: filling them is four fifths of building a model."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        given = (*args, *(kwargs or {}).values())
+        if getattr(func, "__name__", "") in FILLS and isinstance(given[0], torch.Tensor) and given[0].is_meta:
+            return given[0]
+        return func(*args, **(kwargs or {}))
 
 
 def has_attention(model: torch.nn.Module) -> bool:
@@ -32,7 +60,7 @@ def has_attention(model: torch.nn.Module) -> bool:
 
 def row(name: str) -> dict[str, Any] | None:
     """What there is to say about timm's ``name``; None if it has no attention."""
-    with torch.device("meta"):
+    with torch.device("meta"), Uninitialized():
         model = timm.create_model(name)
     if not has_attention(model):
         return None
@@ -88,13 +116,16 @@ def page() -> str:
 
 def main() -> None:
     names = timm.list_models()
+    rows = []
+    # Processes that are spawned import torch and timm anew, and share no threads' locks with this one.
+    with multiprocessing.get_context("spawn").Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        for i, said in enumerate(pool.imap(row, names, chunksize=4), 1):
+            rows += [said] if said is not None else []
+            print(f"\r{i} of {len(names)}", end="", file=sys.stderr)
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        for i, name in enumerate(names, 1):
-            if (said := row(name)) is not None:
-                writer.writerow(said)
-            print(f"\r{i} of {len(names)}", end="", file=sys.stderr)
+        writer.writerows(rows)
     PAGE.write_text(page())
 
 

@@ -66,6 +66,42 @@ def test_a_frozen_prefix_is_only_run(build: Build, batch: Batch, objective: str,
     assert moved == pytest.approx(expected[residency], rel=0.03)  # a slab pads its parameters
 
 
+@pytest.mark.parametrize("weights", ["full", "low"])
+@pytest.mark.parametrize("frozen", [("patch_embed", "blocks.0", "blocks.1"), (".qkv.",)])
+def test_what_is_frozen_comes_and_never_goes_back(
+    build: Build, batch: Batch, weights: str, frozen: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is stored is what was trained: its values, two moments, and with low weights their cast; a prefix comes once."""
+    model = build("vit")
+    for name, p in model.named_parameters():
+        p.requires_grad_(not any(part in name for part in (*frozen, "pos_embed", "cls_token")))
+    trainer = fastlocal.LocalTrainer(
+        model, modules=[2, 4], objective="end-to-end", residency="module", weights=weights, amp_dtype=torch.bfloat16
+    )
+    trainer.step(*batch)
+    bus, stored = trainer.engine.bus, list[int]()
+    store = bus.store
+    monkeypatch.setattr(bus, "store", lambda value, host: stored.append(host.nbytes) or store(value, host))
+    before = bus.moved
+    trainer.step(*batch)
+    linear = [layer.weight for layer in model.modules() if type(layer) in (nn.Linear, nn.Conv2d)]
+    cast = {id(p) for p in linear} if weights == "low" else set()
+
+    def size(parameters: Any) -> float:  # as they come
+        return sum(p.numel() * (2 if id(p) in cast else 4) for p in parameters)
+
+    trained = [p for p in model.parameters() if p.requires_grad]
+    casts = sum(p.numel() * 2 for p in trained if id(p) in cast)
+    assert sum(stored) == pytest.approx(3 * 4 * sum(p.numel() for p in trained) + casts, rel=0.03)
+    if trainer.engine.first == 1:
+        prefix = {id(p) for p in trainer.modules[0].parameters()}
+        masters = sum(4 * p.numel() for p in trained if id(p) in cast)
+        again = size(trainer.modules[1].parameters())
+        fetched = size(model.parameters()) + again + 2 * 4 * sum(p.numel() for p in trained) + masters
+        assert bus.moved - before - sum(stored) == pytest.approx(fetched, rel=0.05)
+        assert prefix.isdisjoint(map(id, trained))
+
+
 def test_only_early_blocks_are_trained(build: Build, batch: Batch) -> None:
     """Nothing in the last module learns, its classifier neither; it is run, and its loss is told."""
     for objective in ("cross-entropy", "end-to-end"):

@@ -82,8 +82,13 @@ def test_predictions_are_the_meters_over_random_plans(build: Build, seed: int) -
             assert 0.99 * actual <= predicted <= 1.03 * actual, (type(model).__name__, plan, options, predicted, actual)
 
 
-def test_estimated_compute_and_traffic_are_those_of_the_step(build: Build) -> None:
-    model = build("vit", depth=4, patch_size=8, embed_dim=64)
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_estimated_compute_and_traffic_are_those_of_the_step(build: Build, frozen: int) -> None:
+    model: Any = build("vit", depth=4, patch_size=8, embed_dim=64)
+    if frozen:
+        model.requires_grad_(False)
+        model.blocks[frozen:].requires_grad_(True)
+        model.head.requires_grad_(True)
     found = {}
     for objective in ("end-to-end", "feature"):
         ways = search(model, batch_size=4, budget="1GiB", reserve=0, objective=objective).candidates
