@@ -64,8 +64,13 @@ def finetune_vit() -> dict[str, Any]:
     BEiT's and timm's habits: layer decay 0.75, little drop path, RandAugment, a moving average; whole gradients, one module at
     a time, since a pretrained model is changed little and every exit of a local objective would have to be learned first.
 
-    Result and time: not measured on photographs yet; tests train it on small ones.
-    Command: ``fastlocal train --recipe finetune-vit --data PHOTOS --memory 4GiB``
+    Result: 52.6 % (of the moving average, which is exported), one seed, scaled down in everything but the recipe: a ViT of 6
+    blocks of width 96 with patches of 4, 500 training and 500 validation images of five classes of CIFAR-10 (JPEG q75), from
+    weights trained on 5,000 images of the other five. Time: three minutes of one CPU core, in float32. Photographs and the
+    model itself: not measured.
+    Command: ``fastlocal train --recipe finetune-vit --data PHOTOS --memory 4GiB``; what was measured added ``--model
+    vit_tiny_patch16_224 --model-kwargs patch_size=4 depth=6 embed_dim=96 num_heads=3 --modules 3 --train-limit 500 --val-limit
+    500 --initial-checkpoint RUN``, with five classes for PHOTOS and without ``--memory``.
     """
     return {
         **_FINE_TUNING,
@@ -95,7 +100,8 @@ def scratch_small() -> dict[str, Any]:
     """Train a small Swin on images of 32 pixels from nothing, with local objectives.
 
     Result: 55.1 % (after modules 1 to 4: 34.3, 45.5, 52.7, 55.1) on 20,000 images of CIFAR-10 that were JPEGs (quality 75), one
-    seed; end-to-end comes to 54.5 %. Time: 10 epochs at 387 images/s, about 9 minutes on one CPU thread.
+    seed; end-to-end comes to 54.5 %. Time: 10 epochs at 387 images/s, about 9 minutes on one CPU thread
+    with units for bfloat16; without, in float32, at 158 images/s, about 22.
     Command: ``fastlocal train --recipe scratch-small --data cifar10 --train-limit 20000``
     """
     return {**_SMALL_IMAGES, "epochs": 10, "warmup_epochs": 2, "batch_size": 128, "objective": "feature", "amp": True}
