@@ -23,16 +23,13 @@ What the kinds mean (a storage has one kind for its whole life, found out as lat
 
 from __future__ import annotations
 
-import copy
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
@@ -41,6 +38,9 @@ from torch.utils._python_dispatch import (
 )
 from torch.utils.weak import WeakIdKeyDictionary
 
+from fastlocal.dry_run import dry_run as dry_run
+from fastlocal.dry_run import fake_copy as fake_copy
+from fastlocal.dry_run import is_dry_run as is_dry_run
 from fastlocal.kernels.reconstruction_loss import workspace_bytes
 
 Kind = Literal["parameters", "gradients", "optimizer", "inputs", "boundary", "graph", "temporary"]
@@ -96,79 +96,6 @@ def _mark(tensor: Tensor, marks: WeakIdKeyDictionary, mark: str) -> Tensor:
         for meter in _active:
             meter._apply_marks(storage)
     return tensor
-
-
-def is_dry_run() -> bool:
-    """Whether tensors have shapes but no data here: inside `dry_run`, or any other fake tensor mode."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
-
-
-@contextmanager
-def dry_run() -> Iterator[None]:
-    """Inside this block operations on tensors made in it, or by `fake_copy`, compute shapes and lifetimes, no values.
-
-    The fake tensors say they are on the CPU, so CPU rules hold: autocast runs LayerNorm in the low precision (as
-    timm's fast norm does on CUDA), and optimizers step one parameter at a time unless told otherwise.
-
-    Reading a value that is not known (``.item()``, ``float()``, ``if tensor:``) gives zero: 0.0, 0 or False. So a
-    GradScaler finds no overflow, and a test that must hold for the step to go on asks `is_dry_run` first.
-
-        with fastlocal.memory.dry_run():
-            model = fastlocal.memory.fake_copy(model)
-            ...
-            with fastlocal.memory.Meter(model, images) as meter:
-                loss_of(model, images).backward()
-    """
-    # Module.to() would swap fake parameters, which fails where a weak reference to them exists, and the fake mode
-    # itself holds some; so it assigns their data, as it does for real ones. And deepcopy would copy the data.
-    swap_tensors, deepcopy = torch.utils.swap_tensors, Tensor.__deepcopy__
-    torch.utils.swap_tensors = _assign_data
-    Tensor.__deepcopy__ = _copy_without_data  # type: ignore[method-assign]  # patched for this block
-    try:
-        with _DryRun():
-            yield
-    finally:
-        torch.utils.swap_tensors = swap_tensors
-        Tensor.__deepcopy__ = deepcopy  # type: ignore[method-assign]  # patched for this block
-
-
-def fake_copy(model: nn.Module) -> nn.Module:
-    """A copy of ``model`` for the present `dry_run`, its parameters and buffers without data. ``model`` stays as it is.
-
-    ``model`` may be on any device, ``meta`` too: ``with torch.device("meta"): timm.create_model(...)`` takes no memory.
-
-    Raises:
-        RuntimeError: called outside `dry_run`.
-    """
-    if not is_dry_run():
-        raise RuntimeError("fake_copy makes tensors without data, which only work inside fastlocal.memory.dry_run().")
-    tensors = [*model.parameters(), *model.buffers()]
-    return copy.deepcopy(model, {id(tensor): _without_data(tensor) for tensor in tensors})
-
-
-def _without_data(tensor: Tensor) -> Tensor:
-    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
-
-
-def _copy_without_data(tensor: Tensor, copied: dict[int, Any]) -> Tensor:
-    if id(tensor) not in copied:
-        copied[id(tensor)] = _without_data(tensor)
-    return copied[id(tensor)]
-
-
-def _assign_data(to: Tensor, value: Tensor) -> None:
-    to.data = value.data
-
-
-class _DryRun(FakeTensorMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        try:
-            return super().__torch_dispatch__(func, types, args, kwargs)
-        except DataDependentOutputException:  # not raised where the value is known, as an optimizer's step count is
-            if func is not torch.ops.aten._local_scalar_dense.default:
-                raise
-            return False if args[0].dtype is torch.bool else 0.0 if args[0].is_floating_point() else 0
 
 
 class _Record:

@@ -96,8 +96,9 @@ def show(found: Search, config: TrainConfig, as_json: bool) -> int:
     console.print(
         f"Peak {format_bytes(chosen.peak)} of tensors, seen in a rehearsal, of {room}.\n"
         f"Host memory {format_bytes(chosen.host)}, bus {format_bytes(chosen.traffic)} a step.\n"
-        f"Peaks marked ≈ are estimates; time is ranked for {speed}.\n\n{command(chosen, config)}"
+        f"Peaks marked ≈ are estimates; time is ranked for {speed}.\n"
     )
+    print(command(chosen, config))  # as it is: a console would break a long list of cuts, and a shell what was pasted
     return 0
 
 
@@ -278,12 +279,11 @@ def show_devices(config: TrainConfig, devices: int, bandwidth: str, as_json: boo
         console.print(f"Nothing fits {room} on {devices} devices; the smallest cards that would do have ≈{least} each.")
         return 2
     if as_fast:
-        console.print(f"One device is as fast: the links cannot carry what would be sent.\n\n{words}")
+        console.print("One device is as fast: the links cannot carry what would be sent.\n")
     else:
         alone_does = " It does not fit one device." if alone.fits is False else ""
-        console.print(
-            f"Choose {_flags(best)}: ≈{format_bytes(best.peak)} on the fullest device.{alone_does}\n\n{words}"
-        )
+        console.print(f"Choose {_flags(best)}: ≈{format_bytes(best.peak)} on the fullest device.{alone_does}\n")
+    print(words)
     return 0
 
 

@@ -41,6 +41,11 @@ class Part(nn.Module):
         return self._function[0](x)
 
     @property
+    def functions(self) -> tuple[Function, ...]:
+        """What it runs, one after the other."""
+        return self._function
+
+    @property
     def code(self) -> nn.Module:
         """The module that it runs, where it is one; else itself."""
         return self._function[0] if isinstance(self._function[0], nn.Module) else self
@@ -54,10 +59,13 @@ class Block(Part):
         self._transition = (transition,)
 
     @property
+    def functions(self) -> tuple[Function, ...]:
+        return tuple(f for f in (*self._transition, *self._function) if f is not None)
+
+    @property
     def code(self) -> nn.Module:
-        both = [f for f in (*self._transition, *self._function) if f is not None]
-        modules = [f for f in both if isinstance(f, nn.Module)]
-        return nn.ModuleList(modules) if len(modules) == len(both) else self
+        modules = [f for f in self.functions if isinstance(f, nn.Module)]
+        return nn.ModuleList(modules) if len(modules) == len(self.functions) else self
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # a pair, where others give one
         """Return the block's input (after the transition) and its output; their difference is the residual."""

@@ -79,8 +79,10 @@ class _OneDepth:
         return getattr(self._rope, name)
 
 
-def _rotary(rope: Any, grid: tuple[int, int] | None, mixed: bool) -> Callable[[int], Tensor | None]:
-    """The rotary embedding of block ``i``, computed where it is read: a mixed one has parameters, which all blocks share.
+def _rotary_blocks(
+    blocks: Any, rope: Any, grid: tuple[int, int] | None, mixed: bool
+) -> list[Callable[[Tensor], Tensor]]:
+    """Blocks with their rotary embedding, computed where it is read: a mixed one has parameters, which all blocks share.
 
     Args:
         grid: of the patch tokens; None where ``rope`` knows it.
@@ -90,18 +92,17 @@ def _rotary(rope: Any, grid: tuple[int, int] | None, mixed: bool) -> Callable[[i
             "model: rotary coordinates that are shifted, jittered or rescaled at random, once for all blocks, are not"
             " supported; build it without."
         )
-    if rope is None:
-        return lambda i: None
-    if mixed:
-        return lambda i: type(rope).get_embed(_OneDepth(rope, i), shape=grid)[0]
-    return lambda i: rope.get_embed(shape=grid)
 
+    def own(i: int) -> Callable[[], Tensor]:
+        return lambda: type(rope).get_embed(_OneDepth(rope, i), shape=grid)[0]
 
-def _rotary_blocks(blocks: Any, rotary: Callable[[int], Tensor | None]) -> list[Callable[[Tensor], Tensor]]:
-    def runs(i: int, block: Any) -> Callable[[Tensor], Tensor]:
-        return lambda x: block(x, rope=rotary(i))
+    def common() -> Tensor | None:
+        return None if rope is None else rope.get_embed(shape=grid)
 
-    return [runs(i, block) for i, block in enumerate(blocks)]
+    def runs(block: Any, rotary: Callable[[], Tensor | None]) -> Callable[[Tensor], Tensor]:
+        return lambda x: block(x, rope=rotary())
+
+    return [runs(block, own(i) if mixed else common) for i, block in enumerate(blocks)]
 
 
 @register_backbone("timm.models.eva.Eva")
@@ -116,7 +117,7 @@ def eva(model: Any, image: Image) -> Backbone:
     def stem(images: Tensor) -> Tensor:
         return model.norm_pre(model._pos_embed(model.patch_embed(images))[0])
 
-    blocks = _rotary_blocks(model.blocks, _rotary(model.rope, grid, model.rope_mixed))
+    blocks = _rotary_blocks(model.blocks, model.rope, grid, model.rope_mixed)
     return Backbone(stem, blocks, _head(model), image, model=model, prefix=model.num_prefix_tokens)
 
 
@@ -128,7 +129,7 @@ def naflex(model: Any, image: Image) -> Backbone:
     grid = (-(-image[1] // patch[0]), -(-image[2] // patch[1]))
     blocks: Any = list(model.blocks)
     if model.rope is not None:
-        blocks = _rotary_blocks(blocks, _rotary(model.rope, grid, model.rope_is_mixed))
+        blocks = _rotary_blocks(blocks, model.rope, grid, model.rope_is_mixed)
 
     def stem(images: Tensor) -> Tensor:
         return model.norm_pre(model.embeds(images)[0])
@@ -155,7 +156,7 @@ def language_model_encoder(model: Any, image: Image) -> Backbone:
                 x = getattr(encoder, name)(x)
         return model.forward_head(x)
 
-    return Backbone(stem, _rotary_blocks(encoder.blocks, _rotary(encoder.rope, grid, False)), head, image, model=model)
+    return Backbone(stem, _rotary_blocks(encoder.blocks, encoder.rope, grid, False), head, image, model=model)
 
 
 @register_backbone("timm.models.vision_transformer_sam.VisionTransformerSAM")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -169,12 +170,20 @@ class _Heads(nn.Module):
         return loss if regularizer is None else loss + regularizer
 
 
-def structure(part: nn.Module) -> Hashable:
-    """Equal for parts that are made of the same layers, with parameters of the same shapes, whatever drop path's rate."""
-    part = part.code if isinstance(part, Part) else part
-    shift: Any = [getattr(layer, "shift_size", None) for layer in part.modules()]
-    layers = tuple(
-        (name, type(layer), layer.extra_repr()) for name, layer in part.named_modules() if "drop_path" not in name
-    )
-    parameters = tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in part.named_parameters())
-    return layers, parameters, str(shift)
+def structure(part: Any) -> Hashable:
+    """Equal for parts that do the same with layers that are alike, whatever drop path's rate."""
+    if isinstance(part, Part):
+        return tuple(structure(function) for function in part.functions)
+    if isinstance(part, nn.Module):
+        layers = [(name, layer) for name, layer in part.named_modules() if "drop_path" not in name]
+        kinds = tuple((name, type(layer), layer.extra_repr(), _settings(layer)) for name, layer in layers)
+        return kinds, tuple((name, p.shape, p.dtype, p.requires_grad) for name, p in part.named_parameters())
+    if isinstance(part, FunctionType):
+        return part.__code__, tuple(structure(cell.cell_contents) for cell in part.__closure__ or ())
+    return part if isinstance(part, Hashable) else id(part)
+
+
+def _settings(layer: nn.Module) -> Hashable:
+    """What an adapter's or a library's layer holds beside tensors and layers, such as the size of its windows."""
+    plain = (bool, int, float, str, tuple, type(None))
+    return tuple((name, repr(value)) for name, value in vars(layer).items() if isinstance(value, plain))

@@ -1,8 +1,8 @@
 """The real step, run without arithmetic, on a model that is as deep as its peak needs and no deeper.
 
-Modules between the first and the last that are all alike peak alike, so one of them stands for all (the largest, where the
-blocks do not divide evenly). What the others would have on the device meanwhile is added: their weights and states where they
-stay there, and, for exact gradients, the boundaries before them.
+Modules between the first and the last that are all alike peak alike, so one of them stands for all (where the blocks do not
+divide evenly, the largest pair of neighbours). What the others would have on the device meanwhile is added: their weights and
+states where they stay there, and, for exact gradients, the boundaries before them.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastlocal import memory
-from fastlocal.backbones import backbone
+from fastlocal.backbones import Backbone
 from fastlocal.kernels import accelerate, dispatch, use_kernels
 from fastlocal.planner.estimate import Plan
 from fastlocal.planner.profile import structure
@@ -27,16 +27,17 @@ from fastlocal.trainer import LocalTrainer
 LIKE_OTHERS = 3
 
 
-def rehearse(model: nn.Module, plan: Plan, options: dict[str, Any], image_dtype: torch.dtype, foreach: bool) -> int:
+def rehearse(view: Backbone, plan: Plan, options: dict[str, Any], image_dtype: torch.dtype, foreach: bool) -> int:
     """The peak, in bytes on the device, of a step of ``plan``, of either kind if it has two. For use inside a dry run.
 
     Args:
+        view: of the model.
         options: further arguments of `LocalTrainer`.
         image_dtype: of the images that the training loop hands over.
         foreach: step on all parameters at once where an optimizer leaves that open, as torch does on CUDA.
     """
-    copied = fake_model(model, options)
-    cuts, missing = _shorten(copied, plan.cuts)
+    copied = fake_model(view.model, options)
+    cuts, missing = _shorten(copied, view, plan.cuts)
     trainer = LocalTrainer(
         copied, **{**plan.arguments(), **options, "modules": cuts, "device": "cpu", "kernels": "reference"}
     )
@@ -84,21 +85,27 @@ def fake_model(model: nn.Module, options: dict[str, Any]) -> nn.Module:
     return copied
 
 
-def _shorten(model: nn.Module, cuts: Sequence[int]) -> tuple[list[int], list[nn.Parameter]]:
-    """Take modules that are like others out of ``model``; the cuts that are left, and the parameters taken out."""
-    view = backbone(model)
+def _shorten(model: nn.Module, view: Backbone, cuts: Sequence[int]) -> tuple[list[int], list[nn.Parameter]]:
+    """Take modules that are like others out of ``model``, a copy of what ``view`` shows.
+
+    Returns:
+        The cuts that are left, and the parameters taken out.
+    """
     edges = [0, *cuts, len(view.blocks)]
     sizes = [stop - start for start, stop in pairwise(edges)]
     alike = len({structure(block) for block in view.blocks}) == 1 and len(set(view.boundaries)) == 1
     blocks = getattr(model, "blocks", None)
     if len(sizes) <= 3 or not alike or not isinstance(blocks, nn.Sequential | nn.ModuleList):
         return list(cuts), []
-    kept = [sizes[0], max(sizes[1:-1]), sizes[-1]]
+    middle = sizes[1:-1]
+    kept = [sizes[0], middle[0], sizes[-1]]
+    if len(set(sizes)) > 1 and len(middle) > 1:  # the largest, with the neighbour that is prefetched while it learns
+        kept[1:2] = max(pairwise(middle), key=lambda pair: (max(pair), sum(pair)))
     missing = [p for block in list(blocks)[sum(kept) :] for p in block.parameters()]
     cast(Any, model).blocks = (
         type(blocks)(*blocks[: sum(kept)]) if isinstance(blocks, nn.Sequential) else blocks[: sum(kept)]
     )
-    return [kept[0], kept[0] + kept[1]], missing
+    return list(accumulate(kept[:-1])), missing
 
 
 def _resident(trainer: LocalTrainer, missing: Sequence[nn.Parameter], plan: Plan) -> int:

@@ -33,8 +33,9 @@ CERTAINTY = {"local": 0, "local + exact finish": 1, "exact": 2}
 # The share of the steps that an exact finish has unless another is asked for.
 FINISH = 0.2
 
-# An estimate is rehearsed if it is at most this much over the limit; the estimates are that exact.
-CLOSE = 1.15
+# An estimate is rehearsed if it is at most this much over the limit: most are that exact. Plain training, which nobody should
+# do without where it fits, has a second chance.
+CLOSE, CLOSE_PLAIN = 1.05, 1.15
 
 # How many are rehearsed at most before nothing is said to fit.
 REHEARSALS = 6
@@ -188,7 +189,7 @@ def search(
 
         def peak(way: Plan) -> int:
             say(f"rehearsing {way.accuracy}, {way.modules} modules, parts of {way.micro_batch}, {way.residency}")
-            return rehearse(model, way, options, image_dtype, foreach)
+            return rehearse(view, way, options, image_dtype, foreach)
 
         chosen, rehearsed = _choose(affordable, limit, peak)
     seen = {way: replace(way, peak=size) for way, size in rehearsed.items()}
@@ -210,7 +211,10 @@ def _choose(ways: Sequence[Plan], limit: int, peak: Callable[[Plan], int]) -> tu
     off = 1.0  # how far above its estimate the last rehearsal was
     while len(rehearsed) < REHEARSALS:
         open_ways = [
-            way for way in ways if way not in rehearsed and way.peak * off <= limit * (CLOSE if off == 1 else 1)
+            way
+            for way in ways
+            if way not in rehearsed
+            and way.peak * off <= limit * (CLOSE_PLAIN if way.is_plain else CLOSE if off == 1 else 1)
         ]
         if not open_ways:
             break

@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DynamicOutputShapeException
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.nn import functional as F
 from torch.testing._internal.two_tensor import TwoTensor
@@ -430,3 +430,40 @@ def test_a_step_is_counted_as_the_allocator_does(options: dict[str, Any]) -> Non
     before = sum(meter.timeline(device="cpu")[0][1].values())
     ours, truth = meter.peak - before, _allocated_at_most(lambda: trainer.step(images, labels))
     assert ours == pytest.approx(truth, rel=0.01)
+
+
+def _operations(mode: Any, places: int) -> list[tuple[Any, ...]]:
+    """What operations of every kind give on tensors at ``places`` of a common storage, seen twice."""
+    seen: list[tuple[Any, ...]] = []
+    with mode:
+        flat = torch.empty(4096)
+        for place in (0, places):
+            x = flat[place : place + 48].view(2, 4, 6)
+            weight = flat[place + 100 : place + 106]
+            known = torch.tensor(3.0)
+            made: list[Any] = [
+                *(x + 1, x * x.transpose(0, 1).transpose(0, 1), x.view(8, 6), x[:, 1:3], x[..., ::2], x[1, 5:9], x[-1]),
+                *(x.transpose(1, 2), *x.unbind(1), *x.split([1, 3], 1), x.as_strided((3, 2), (2, 1), 7), x.detach()),
+                *(x.to(torch.bfloat16), x.to(torch.float32), torch.cat([x, x], 1), x.new_zeros(3), x.expand(2, 4, 6)),
+                *torch.native_layer_norm(x, [6], weight, weight, 1e-5),
+                *(x.add_(1), x.mul_(weight), x.flatten().unsqueeze_(0), x.copy_(x)),
+                *(x.sum((0, 2)), x.amax(-1), x.softmax(-1), x.mean(), x.norm(), known * 2, known + x, x == 1.0, x == 1),
+                *torch.topk(x, 2),
+            ]
+            torch._foreach_add_([x, weight], 1.0)
+            base = x.untyped_storage()._cdata
+            for tensor in made:
+                shares = tensor.untyped_storage()._cdata == base
+                offset = tensor.storage_offset() - (x.storage_offset() if shares else 0)
+                size = tensor.untyped_storage().nbytes()
+                seen.append((tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.device, shares, offset, size))
+            seen.append((float(known * 2), float(known.add_(1))))
+            with pytest.raises(RuntimeError):
+                x.view(7)
+    return seen
+
+
+def test_what_a_dry_run_remembers_is_what_torch_would_say() -> None:
+    """Shapes, strides, sizes and who shares memory with whom, where one operation comes again with tensors elsewhere."""
+    for places in (1000, 2048):  # the second time all of it is known
+        assert _operations(memory.dry_run(), places) == _operations(FakeTensorMode(), places)

@@ -70,14 +70,15 @@ def test_predictions_are_the_meters_over_random_plans(build: Build, seed: int) -
     draw = random.Random(seed)
     families = [
         build("swin", depths=(1, 1, 1), embed_dim=32, num_heads=(1, 2, 4)),
-        *[build("vit", depth=5, patch_size=8, embed_dim=64)] * 4,
+        *[build("vit", depth=7, patch_size=8, embed_dim=64)] * 4,
     ]
     models = [draw.choice(families) for _ in range(5)]
     plans = [drawn(draw, model) for model in models]
+    views = [backbone(model) for model in models]
     with memory.dry_run():
-        for model, plan in zip(models, plans, strict=True):
+        for model, view, plan in zip(models, views, plans, strict=True):
             options = {"ema_decay": draw.choice([None, None, 0.9])}
-            predicted = rehearse(model, plan, {"amp_dtype": torch.bfloat16, **options}, torch.uint8, foreach=False)
+            predicted = rehearse(view, plan, {"amp_dtype": torch.bfloat16, **options}, torch.uint8, foreach=False)
             actual = measured(model, plan.batch_size, {**plan.arguments(), **options}).peak
             assert 0.99 * actual <= predicted <= 1.03 * actual, (type(model).__name__, plan, options, predicted, actual)
 
@@ -111,6 +112,7 @@ def flops_of(model: nn.Module, arguments: dict[str, Any], exact: bool = False) -
 def test_an_exact_finish_takes_what_its_two_kinds_of_step_take(build: Build) -> None:
     """The memory of the one that takes more, and the mean of their compute and traffic."""
     model = build("vit", depth=4, patch_size=8, embed_dim=64)
+    view = backbone(model)
     ways = search(model, batch_size=4, budget="1GiB", reserve=0, objective="feature", exact_share=0.25).candidates
     assert {way.plan.modules for way in ways} == {2, 4}
     assert {way.plan.accuracy for way in ways} == {"local + exact finish"}
@@ -120,7 +122,7 @@ def test_an_exact_finish_takes_what_its_two_kinds_of_step_take(build: Build) -> 
             for plan in (replace(way.plan, residency="module", boundaries=boundaries) for way in ways):
                 steps = [measured(model, 4, plan.arguments(), exact) for exact in (False, True)]
                 peak = max(step.peak for step in steps)
-                predicted = rehearse(model, plan, {"amp_dtype": torch.bfloat16}, torch.uint8, foreach=False)
+                predicted = rehearse(view, plan, {"amp_dtype": torch.bfloat16}, torch.uint8, foreach=False)
                 assert 0.99 * peak <= predicted <= 1.03 * peak, (plan, [step.peak for step in steps])
         for plan in (way.plan for way in ways):
             local, exact = (flops_of(model, plan.arguments(), exact) / plain for exact in (False, True))
@@ -188,14 +190,15 @@ def test_host_memory_is_a_budget_too(small: nn.Module) -> None:
 
 def test_what_the_optimizer_and_the_average_take_is_rehearsed(small: nn.Module) -> None:
     weights = sum(p.nbytes for p in small.parameters())
+    view = backbone(small)
     with memory.dry_run():
         plain = Plan("end-to-end", (), 1, 1, "none", "all", "device", "full", True, 0, 0, 1.0, 0, 0.0)
         options: dict[str, Any] = {"amp_dtype": torch.bfloat16}
-        alone = rehearse(small, plain, options, torch.uint8, foreach=False)
-        at_once = rehearse(small, plain, options, torch.uint8, foreach=True)  # CUDA's default
-        averaged = rehearse(small, plain, {**options, "ema_decay": 0.99}, torch.uint8, foreach=False)
-        mixed = rehearse(small, replace(plain, batch_size=64, micro_batch=1), options, torch.float32, foreach=False)
-        whole = rehearse(small, replace(plain, batch_size=64, micro_batch=1), options, torch.uint8, foreach=False)
+        alone = rehearse(view, plain, options, torch.uint8, foreach=False)
+        at_once = rehearse(view, plain, options, torch.uint8, foreach=True)  # CUDA's default
+        averaged = rehearse(view, plain, {**options, "ema_decay": 0.99}, torch.uint8, foreach=False)
+        mixed = rehearse(view, replace(plain, batch_size=64, micro_batch=1), options, torch.float32, foreach=False)
+        whole = rehearse(view, replace(plain, batch_size=64, micro_batch=1), options, torch.uint8, foreach=False)
     assert at_once >= alone + 0.5 * weights
     assert averaged >= alone + 0.99 * weights
     assert mixed >= whole + 0.95 * 64 * 3 * 32 * 32 * 3  # four bytes for one

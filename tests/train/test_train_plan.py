@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 
+from fastlocal.planner import NOMINAL, Candidate, Plan, Search
 from fastlocal.train import cli
 from fastlocal.train.config import OPTIONS, TrainConfig
+from fastlocal.train.plan import show
 
 MODEL = ["--model", "test_vit", "--batch-size", "8"]
 
@@ -82,6 +84,16 @@ def test_a_mistake_gets_a_sentence(options: list[str], sentence: str, capsys: py
     assert code == 2
     assert sentence in err
     assert err.count("\n") == 1
+
+
+def test_a_long_list_of_cuts_is_not_broken(capsys: pytest.CaptureFixture[str]) -> None:
+    cuts = tuple(range(1, 60))
+    long = Plan("feature", cuts, 8, 4, "none", "module", "host", "low", True, 0, 0, 1.0, 0, 0.0)
+    found = Search(long, 2**30, (Candidate(long, "chosen"),), (), 0, 0, NOMINAL)
+    assert show(found, TrainConfig.of(model="vit_tiny_patch16_224"), as_json=False) == 0
+    command = capsys.readouterr().out.split("fastlocal train")[1]
+    assert f"--modules {','.join(map(str, cuts))}" in command
+    assert "\n" not in command.strip().replace("\\\n", "")  # every line but the last says that it goes on
 
 
 def test_where_nothing_fits_the_smallest_card_is_named(capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,235 @@
+"""Steps without arithmetic: tensors that have shapes, lifetimes and no data.
+
+torch's fake tensors do the work. What they do anew for every operation, this file does once for every operation and shapes: a
+dry run repeats its blocks, whose parameters only lie elsewhere, and torch's own memory of results hangs on where they lie.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    FakeTensor,
+    FakeTensorMode,
+    in_kernel_invocation_manager,
+)
+
+
+def is_dry_run() -> bool:
+    """Whether tensors have shapes but no data here: inside `dry_run`, or any other fake tensor mode."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+
+
+@contextmanager
+def dry_run() -> Iterator[None]:
+    """Inside this block operations on tensors made in it, or by `fake_copy`, compute shapes and lifetimes, no values.
+
+    The fake tensors say they are on the CPU, so CPU rules hold: autocast runs LayerNorm in the low precision (as
+    timm's fast norm does on CUDA), and optimizers step one parameter at a time unless told otherwise.
+
+    Reading a value that is not known (``.item()``, ``float()``, ``if tensor:``) gives zero: 0.0, 0 or False. So a
+    GradScaler finds no overflow, and a test that must hold for the step to go on asks `is_dry_run` first.
+
+        with fastlocal.memory.dry_run():
+            model = fastlocal.memory.fake_copy(model)
+            ...
+            with fastlocal.memory.Meter(model, images) as meter:
+                loss_of(model, images).backward()
+    """
+    # Module.to() would swap fake parameters, which fails where a weak reference to them exists, and the fake mode
+    # itself holds some; so it assigns their data, as it does for real ones. And deepcopy would copy the data.
+    swap_tensors, deepcopy = torch.utils.swap_tensors, Tensor.__deepcopy__
+    torch.utils.swap_tensors = _assign_data
+    Tensor.__deepcopy__ = _copy_without_data  # type: ignore[method-assign]  # patched for this block
+    try:
+        with _DryRun():
+            yield
+    finally:
+        torch.utils.swap_tensors = swap_tensors
+        Tensor.__deepcopy__ = deepcopy  # type: ignore[method-assign]  # patched for this block
+
+
+def fake_copy(model: nn.Module) -> nn.Module:
+    """A copy of ``model`` for the present `dry_run`, its parameters and buffers without data. ``model`` stays as it is.
+
+    ``model`` may be on any device, ``meta`` too: ``with torch.device("meta"): timm.create_model(...)`` takes no memory.
+
+    Raises:
+        RuntimeError: called outside `dry_run`.
+    """
+    if not is_dry_run():
+        raise RuntimeError("fake_copy makes tensors without data, which only work inside fastlocal.memory.dry_run().")
+    tensors = [*model.parameters(), *model.buffers()]
+    return copy.deepcopy(model, {id(tensor): _without_data(tensor) for tensor in tensors})
+
+
+def _without_data(tensor: Tensor) -> Tensor:
+    fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake
+
+
+def _copy_without_data(tensor: Tensor, copied: dict[int, Any]) -> Tensor:
+    if id(tensor) not in copied:
+        copied[id(tensor)] = _without_data(tensor)
+    return copied[id(tensor)]
+
+
+def _assign_data(to: Tensor, value: Tensor) -> None:
+    to.data = value.data
+
+
+class _Made(NamedTuple):
+    """A tensor that an operation makes. For a view ``offset`` counts from the offset of what is viewed."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+    offset: int = 0
+
+
+class _Unknown(Exception):
+    """An operation whose result cannot be told from its arguments' shapes."""
+
+
+def _slice(x: FakeTensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> _Made:
+    picked = range(x.shape[dim])[start:end:step]
+    shape, stride = list(x.shape), list(x.stride())
+    shape[dim], stride[dim] = len(picked), stride[dim] * step
+    return _Made(tuple(shape), tuple(stride), x.dtype, x.fake_device, picked.start * x.stride()[dim])
+
+
+def _as_strided(x: FakeTensor, size: Sequence[int], stride: Sequence[int], offset: int | None = None) -> _Made:
+    moved = 0 if offset is None else offset - int(x.storage_offset())
+    return _Made(tuple(size), tuple(stride), x.dtype, x.fake_device, moved)
+
+
+# Views at a place that is another each time.
+_VIEWS: dict[Any, Callable[..., _Made]] = {
+    torch.ops.aten.slice.Tensor: _slice,
+    torch.ops.aten.as_strided.default: _as_strided,
+}
+_IN_PLACE = "in place"
+# Whether an operation makes new tensors, or views of its first argument, or changes that in place; None for any other.
+_kinds: dict[Any, str | None] = {}
+# What an operation made, by its arguments: a tensor, or a sequence of them; None where that hangs on more than shapes.
+_results: dict[Any, _Made | tuple[_Made, ...] | str | None] = {}
+
+
+class _DryRun(FakeTensorMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device
+        if func in _VIEWS and isinstance(args[0], FakeTensor) and args[0].constant is None and not kwargs:
+            return self._make(_VIEWS[func](*args), args[0])
+        if func not in _kinds:
+            _kinds[func] = _kind(func)
+        kind = _kinds[func]
+        if kind is None:
+            return self._run(func, types, args, kwargs)
+        try:
+            key = (func, _described(args, self), _described(kwargs, self))
+            known = _results.get(key, key)
+        except (_Unknown, TypeError):  # an unhashable argument
+            return self._run(func, types, args, kwargs)
+        if known is None:
+            return self._run(func, types, args, kwargs)
+        if known is _IN_PLACE:
+            return args[0] if func._schema.returns else None
+        if known is not key:
+            viewed = args[0] if kind == "view" else None
+            if isinstance(known, _Made):
+                return self._make(known, viewed)
+            made = [self._make(one, viewed) for one in cast(tuple[_Made, ...], known)]
+            return made if kind == "view" else tuple(made)
+        result = self._run(func, types, args, kwargs)
+        _results[key] = _IN_PLACE if kind == _IN_PLACE else _told(result, args, kind)
+        return result
+
+    def _run(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        try:
+            return super().__torch_dispatch__(func, types, args, kwargs)
+        except DataDependentOutputException:  # not raised where the value is known, as an optimizer's step count is
+            if func is not torch.ops.aten._local_scalar_dense.default:
+                raise
+            return False if args[0].dtype is torch.bool else 0.0 if args[0].is_floating_point() else 0
+
+    def _make(self, made: _Made, viewed: FakeTensor | None) -> FakeTensor:
+        with in_kernel_invocation_manager(self):
+            inside = torch.empty_strided(made.shape, made.stride, dtype=made.dtype, device="meta")
+            if viewed is not None:
+                offset = viewed.storage_offset() + made.offset
+                inside.set_(viewed.untyped_storage(), offset, made.shape, made.stride)
+        return FakeTensor(self, inside, made.device)
+
+
+def _kind(func: Any) -> str | None:
+    """What `_kinds` says of ``func``. Of several kinds in a schema, or of composite operations, nothing is known."""
+    schema = func._schema
+    written = [one.name for one in schema.arguments if one.alias_info is not None and one.alias_info.is_write]
+    returned = [str(one.type) for one in schema.returns]
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd")
+    if composite or func.namespace not in ("aten", "fastlocal"):
+        return None
+    if schema.is_mutable:  # fused optimizers change several, and resize_ and its like the shape
+        alone = written == [schema.arguments[0].name] and len(returned) <= 1
+        return _IN_PLACE if alone and torch.Tag.inplace_view not in func.tags else None
+    if not returned:
+        return None
+    if func.is_view and len(returned) == 1 and returned[0] in ("Tensor", "Tensor[]", "List[Tensor]"):
+        return "view"
+    alias = any(one.alias_info is not None for one in (*schema.arguments, *schema.returns))
+    return "new" if not alias and all(one == "Tensor" for one in returned) else None
+
+
+def _described(value: Any, mode: FakeTensorMode) -> Any:
+    """All that the shape of a result hangs on, hashable."""
+    if isinstance(value, Tensor):
+        if not isinstance(value, FakeTensor) or value.fake_mode is not mode:
+            raise _Unknown
+        if value.constant is not None or value.layout is not torch.strided:
+            raise _Unknown
+        return value.shape, value.stride(), value.dtype, value.fake_device
+    if isinstance(value, (tuple, list)):
+        return tuple(_described(one, mode) for one in value)
+    if isinstance(value, Mapping):
+        return tuple((name, _described(one, mode)) for name, one in value.items())
+    return value if type(value) is not float and type(value) is not bool else (type(value), value)  # 1 == 1.0 == True
+
+
+def _told(result: Any, args: Any, kind: str) -> _Made | tuple[_Made, ...] | None:
+    """``result`` for `_results`; None where it is not new, or no view of the first argument, or has a value."""
+    tensors = result if isinstance(result, (tuple, list)) else (result,)
+    if not all(isinstance(one, FakeTensor) and one.constant is None for one in tensors):
+        return None
+    if kind == "view":
+        viewed, storage = args[0].storage_offset(), args[0].untyped_storage()
+        if any(one.untyped_storage()._cdata != storage._cdata for one in tensors):
+            return None
+        made = [_made(one, one.storage_offset() - viewed) for one in tensors]
+    else:
+        made = [_made(one) for one in tensors]
+        storages = {one.untyped_storage()._cdata for one in tensors}
+        whole = all(one.storage_offset() == 0 and one.untyped_storage().nbytes() == _extent(one) for one in tensors)
+        if len(storages) < len(made) or not whole:
+            return None
+    return tuple(made) if isinstance(result, (tuple, list)) else made[0]
+
+
+def _made(tensor: FakeTensor, offset: int = 0) -> _Made:
+    return _Made(tuple(tensor.shape), tensor.stride(), tensor.dtype, tensor.fake_device, offset)
+
+
+def _extent(tensor: Tensor) -> int:
+    """Bytes from the first to the last element."""
+    if tensor.numel() == 0:
+        return 0
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (reach + 1) * tensor.element_size()
