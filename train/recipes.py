@@ -113,8 +113,12 @@ def scratch_224() -> dict[str, Any]:
     The recipe of Swin's paper (300 epochs, AdamW 1e-3 for 1024 images, mixup 0.8, cutmix 1, RandAugment, erasing 0.25), its
     learning rate scaled to the batch.
 
-    Result and time: not measured.
-    Command: ``fastlocal train --recipe scratch-224 --data PHOTOS --memory 2GiB``
+    Result: that it learns: 40.2 % of five classes (after modules 1 to 4: 30.0, 33.4, 38.4, 40.2) in 7 of 12 epochs, one seed,
+    scaled down to the Swin of `scratch_small` and 1,000 training and 500 validation images of CIFAR-10 (JPEG q75), 32 pixels.
+    Time: a minute and a half of one CPU core, in float32. Photographs and the 300 epochs: not measured.
+    Command: ``fastlocal train --recipe scratch-224 --data PHOTOS --memory 2GiB``; what was measured added ``--model-kwargs
+    patch_size=2 window_size=4 embed_dim=32 depths=2,2,2,2 num_heads=2,4,8,16 --epochs 12 --warmup-epochs 2 --lr-base 4e-3
+    --train-limit 1000 --val-limit 500``, with five classes for PHOTOS and without ``--memory``.
     """
     return {
         "model": "swin_tiny_patch4_window7_224",
