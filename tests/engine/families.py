@@ -9,7 +9,6 @@ equal the model bit for bit, and train, is what test_backbones.py tests, on the 
 from __future__ import annotations
 
 import csv
-import multiprocessing
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -117,11 +116,10 @@ def page() -> str:
 def main() -> None:
     names = timm.list_models()
     rows = []
-    # Processes that are spawned import torch and timm anew, and share no threads' locks with this one.
-    with multiprocessing.get_context("spawn").Pool(initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        for i, said in enumerate(pool.imap(row, names, chunksize=4), 1):
-            rows += [said] if said is not None else []
-            print(f"\r{i} of {len(names)}", end="", file=sys.stderr)
+    for i, name in enumerate(names, 1):
+        said = row(name)
+        rows += [said] if said is not None else []
+        print(f"\r{i} of {len(names)}", end="", file=sys.stderr)
     with TABLE.open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
