@@ -283,6 +283,7 @@ def test_shards_are_read_like_any_pictures(tmp_path: Path) -> None:
     options = {"data": f"wds/{shards}", "val_split": 0.25, "workers": 0}
     data = read(TrainConfig.of(**options, class_map=str(tmp_path / "names")), SOURCE)
     assert data.classes == ("cat", "dog")
+    assert data.notes == (f"classes named by {tmp_path / 'names'}",)
     assert (len(data.training), len(data.validation)) == (6, 2)
     assert next(data.training.batches([torch.arange(6)], None))[1].tolist() == [0] * 3 + [1] * 3
     assert read(TrainConfig.of(**options), SOURCE).classes == ("0", "1")

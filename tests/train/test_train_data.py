@@ -99,6 +99,8 @@ def test_torchvision_formats_are_read_pixel_by_pixel(tmp_path: Path, data: str, 
         assert np.array_equal(split.labels.numpy(), labels)
         assert len(split.classes) == (100 if data == "cifar100" else 10)
         assert split.preprocessing.image_size == images.shape[-2:]
+    source = {"input_size": (3, 80, 80)}
+    assert read(TrainConfig.of(data=data, data_dir=str(tmp_path)), source).notes == (f"read from {tmp_path}",)
 
 
 @pytest.mark.parametrize("data", TORCHVISION)

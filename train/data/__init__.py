@@ -35,7 +35,7 @@ from fastlocal.train.data.shards import list_shards
 from fastlocal.train.data.sources import read_arrays
 from fastlocal.train.data.splits import FileSplit, MemorySplit, Split, mean_and_std, training_indices
 from fastlocal.train.errors import UserError, printable
-from fastlocal.train.options.data import ARRAYS
+from fastlocal.train.options.data import ARRAYS, DOWNLOADED
 from fastlocal.train.options.values import flag
 
 __all__ = [
@@ -62,7 +62,7 @@ class Data:
     """What a run reads.
 
     Attributes:
-        notes: what was left out, converted or missing, a sentence each.
+        notes: what was read beside what the data's name says, left out, converted or missing, a sentence each.
     """
 
     training: Split
@@ -96,7 +96,7 @@ def read(config: TrainConfig, source: Mapping[str, Any], saved: Mapping[str, Any
         size = config.model.img_size or (preset.image_size if preset else designed)
         training = _limited(read_arrays(config, True, size), config.data.train_limit, config.model.in_chans)
         validation = _limited(read_arrays(config, False, size), config.data.val_limit, config.model.in_chans)
-        classes, notes = tuple(saved["classes"] if saved else training[2]), tuple[str, ...]()
+        classes, notes = tuple(saved["classes"] if saved else training[2]), tuple(_read_beside(config))
         of_data: tuple[tuple[float, ...], tuple[float, ...]] | None = mean_and_std(training[0])
         height, width = training[0].shape[-2:]
         settings = preset or Preprocessing.resolve(config, source, config.model.img_size or (height, width), of_data)
@@ -129,7 +129,7 @@ def read(config: TrainConfig, source: Mapping[str, Any], saved: Mapping[str, Any
                 splits.append(_memory_split(config, images, torch.tensor(labels), classes, settings))
             else:
                 splits.append(FileSplit(part.pictures, part.kept, tuple(labels), classes, settings, config))
-        notes = tuple(_notes(parts, classes))
+        notes = (*_read_beside(config), *_notes(parts, classes))
     _check_augmentation(config, settings.in_memory)
     if settings.in_memory:
         _check_small(config, settings, (width, height))
@@ -190,11 +190,14 @@ def read_validation(config: TrainConfig, saved: Mapping[str, Any]) -> tuple[Spli
     settings, classes = Preprocessing.of(saved["preprocessing"]), tuple(saved["classes"])
     if config.data.name in ARRAYS:
         arrays = _limited(read_arrays(config, False, settings.image_size), config.data.val_limit, settings.channels)
-        return _array_split(config, arrays, classes, settings, f"--data {config.data.name}"), ()
+        return _array_split(config, arrays, classes, settings, f"--data {config.data.name}"), tuple(
+            _read_beside(config)
+        )
     part = _listings(config, training=False)[-1].checked(config.data.skip_broken)
     check_classes(classes, part.classes, f"--data {config.data.name}")
     labels = tuple(classes.index(part.labels[i]) for i in part.kept)
-    return FileSplit(part.pictures, part.kept, labels, classes, settings, config), tuple(_notes((part,), classes))
+    notes = (*_read_beside(config), *_notes((part,), classes))
+    return FileSplit(part.pictures, part.kept, labels, classes, settings, config), notes
 
 
 def refuse_unasked(config: TrainConfig, asked: Mapping[str, Any]) -> None:
@@ -350,6 +353,14 @@ def _memory_split(
         config.augmentation.crop_padding, config.augmentation.hflip, config.augmentation.cutout
     )
     return MemorySplit(images, labels, tuple(classes), settings, augmentation, config.optimization.seed)
+
+
+def _read_beside(config: TrainConfig) -> Iterator[str]:
+    """What the data's name does not say: a checkpoint's options may name places that nobody has thought of."""
+    if config.data.name in DOWNLOADED:
+        yield f"read from {printable(config.data.data_dir, 200)}"
+    if config.data.class_map is not None:
+        yield f"classes named by {printable(config.data.class_map, 200)}"
 
 
 def _notes(parts: Sequence[Listing], classes: Sequence[str]) -> Iterator[str]:
