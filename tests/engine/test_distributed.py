@@ -213,9 +213,13 @@ def test_the_planner_knows_how_long_a_step_takes(two: Team, four: Team, mesh: di
         one for one in scaling([cost] * 4, team.size, 1e9) if one.grid == tuple(mesh.values()) and one.way != "pipeline"
     ]
     cuts = {"rank_cuts": list(range(4 // mesh["modules"], 4, 4 // mesh["modules"]))} if mesh["modules"] > 1 else {}
-    found = team.run("engine.distributed:measured", mesh, "vit", pause=pause, steps=4, modules=4, **cuts)
-    slowest = max(real["seconds"] for real in found)
-    assert 0.7 * predicted.seconds < slowest < 1.7 * predicted.seconds
+    times = []
+    for _ in range(3):  # a machine that is busy with other things makes a step longer, never shorter
+        found = team.run("engine.distributed:measured", mesh, "vit", pause=pause, steps=4, modules=4, **cuts)
+        times.append(max(real["seconds"] for real in found))
+        if times[-1] < 1.7 * predicted.seconds:
+            break
+    assert 0.7 * predicted.seconds < min(times) < 1.7 * predicted.seconds, times
 
 
 def test_what_is_refused(two: Team) -> None:
