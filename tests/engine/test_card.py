@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import fastlocal
 from fastlocal import memory
+from fastlocal.dry_run import _DryRun
 from fastlocal.kernels import dispatch
 
 CARD = torch.device("cuda", 0)
@@ -55,7 +56,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
                 node.variable.grad = torch.empty_like(node.variable)
 
     monkeypatch.setattr(FakeTensor, "data", property(data.__get__, set_data), raising=False)
-    monkeypatch.setattr(memory._DryRun, "__deepcopy__", lambda self, _: self, raising=False)
+    monkeypatch.setattr(_DryRun, "__deepcopy__", lambda self, _: self, raising=False)
     monkeypatch.setattr(Tensor, "backward", backward)
     monkeypatch.setattr(torch, "empty_like", lambda *a, pin_memory=False, **k: empty_like(*a, **k))
     monkeypatch.setattr(torch.cuda, "Stream", _Stream)
