@@ -200,8 +200,6 @@ class Engine:
 
     def backward(self, loss: Tensor, share: float) -> None:
         """Backward of a mean over a part, as its share of the mean over the batch."""
-        if not loss.requires_grad:
-            return  # the last module is all frozen, and one before it is not
         self.scaler.scale(loss if share == 1 else loss * share).backward()
 
     # Gradients

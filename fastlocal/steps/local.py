@@ -109,5 +109,7 @@ class LocalStep:
         with engine.autocast():
             features = engine.modules[k](x)
         loss = engine.local_loss(k, features, image, labels, self._record)
-        engine.backward(loss, len(labels) / self._record.samples)
+        # A module that is all frozen is passed. Any other loss without a graph is a mistake, and torch says so.
+        if loss.requires_grad or any(p.requires_grad for p in engine.modules[k].parameters()):
+            engine.backward(loss, len(labels) / self._record.samples)
         return features.output.detach()

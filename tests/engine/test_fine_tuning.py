@@ -249,3 +249,23 @@ def test_a_peft_model_is_trained_and_its_adapters_are_exported(tmp_path: Path) -
     outcome = subprocess.run([sys.executable, "lora.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert outcome.returncode == 0, outcome.stderr
     assert outcome.stdout == "the same\n"
+
+
+def test_only_a_module_that_is_all_frozen_may_have_a_loss_without_a_graph(build: Build, batch: Batch) -> None:
+    """It is passed; a loss of the user's that lost its graph must not train nothing without a word."""
+    model = build("vit")
+    for name, p in model.named_parameters():
+        p.requires_grad_(name.startswith("blocks.0."))
+    trainer = fastlocal.LocalTrainer(model, modules=2, objective="cross-entropy")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    trainer.step(*batch)
+    changed = {name for name, p in model.named_parameters() if not torch.equal(p, before[name])}
+    assert changed
+    assert all(name.startswith("blocks.0.") for name in changed)
+
+    def without_a_graph(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits.detach(), labels)
+
+    trainer = fastlocal.LocalTrainer(build("vit"), modules=2, objective="cross-entropy", loss=without_a_graph)
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        trainer.step(*batch)
