@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -115,11 +115,12 @@ _VIEWS: dict[Any, Callable[..., _Made]] = {
     torch.ops.aten.slice.Tensor: _slice,
     torch.ops.aten.as_strided.default: _as_strided,
 }
-_IN_PLACE = "in place"
 # Whether an operation makes new tensors, or views of its first argument, or changes that in place; None for any other.
-_kinds: dict[Any, str | None] = {}
-# What an operation made, by its arguments: a tensor, or a sequence of them; None where that hangs on more than shapes.
-_results: dict[Any, _Made | tuple[_Made, ...] | str | None] = {}
+_Kind = Literal["new", "view", "in place"]
+_kinds: dict[Any, _Kind | None] = {}
+# What an operation made, by its arguments: a tensor, or a sequence of them; () where it changed its first argument, None where
+# the result hangs on more than shapes.
+_results: dict[Any, _Made | tuple[_Made, ...] | None] = {}
 
 
 class _DryRun(FakeTensorMode):
@@ -141,16 +142,16 @@ class _DryRun(FakeTensorMode):
             return self._run(func, types, args, kwargs)
         if known is None:
             return self._run(func, types, args, kwargs)
-        if known is _IN_PLACE:
-            return args[0] if func._schema.returns else None
         if known is not key:
+            if kind == "in place":
+                return args[0] if func._schema.returns else None
             viewed = args[0] if kind == "view" else None
             if isinstance(known, _Made):
                 return self._make(known, viewed)
             made = [self._make(one, viewed) for one in cast(tuple[_Made, ...], known)]
             return made if kind == "view" else tuple(made)
         result = self._run(func, types, args, kwargs)
-        _results[key] = _IN_PLACE if kind == _IN_PLACE else _told(result, args, kind)
+        _results[key] = () if kind == "in place" else _told(result, args, kind)
         return result
 
     def _run(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
@@ -170,7 +171,7 @@ class _DryRun(FakeTensorMode):
         return FakeTensor(self, inside, made.device)
 
 
-def _kind(func: Any) -> str | None:
+def _kind(func: Any) -> _Kind | None:
     """What `_kinds` says of ``func``. Of several kinds in a schema, or of composite operations, nothing is known."""
     schema = func._schema
     written = [one.name for one in schema.arguments if one.alias_info is not None and one.alias_info.is_write]
@@ -180,10 +181,10 @@ def _kind(func: Any) -> str | None:
         return None
     if schema.is_mutable:  # fused optimizers change several, and resize_ and its like the shape
         alone = written == [schema.arguments[0].name] and len(returned) <= 1
-        return _IN_PLACE if alone and torch.Tag.inplace_view not in func.tags else None
+        return "in place" if alone and torch.Tag.inplace_view not in func.tags else None
     if not returned:
         return None
-    if func.is_view and len(returned) == 1 and returned[0] in ("Tensor", "Tensor[]", "List[Tensor]"):
+    if func.is_view and len(returned) == 1 and returned[0] in ("Tensor", "List[Tensor]"):
         return "view"
     alias = any(one.alias_info is not None for one in (*schema.arguments, *schema.returns))
     return "new" if not alias and all(one == "Tensor" for one in returned) else None
@@ -204,7 +205,7 @@ def _described(value: Any, mode: FakeTensorMode) -> Any:
     return value if type(value) is not float and type(value) is not bool else (type(value), value)  # 1 == 1.0 == True
 
 
-def _told(result: Any, args: Any, kind: str) -> _Made | tuple[_Made, ...] | None:
+def _told(result: Any, args: Any, kind: _Kind) -> _Made | tuple[_Made, ...] | None:
     """``result`` for `_results`; None where it is not new, or no view of the first argument, or has a value."""
     tensors = result if isinstance(result, (tuple, list)) else (result,)
     if not all(isinstance(one, FakeTensor) and one.constant is None for one in tensors):
