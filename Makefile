@@ -35,7 +35,7 @@ $(VENV)/.installed: pyproject.toml
 	$(VENV)/bin/python -m pip install -q -e '.[test]'
 	touch $@
 
-# Which of timm's models fastlocal sees, each built without memory; some twenty minutes of an idle core. tests/engine/families.csv, docs/families.md.
+# Which of timm's models fastlocal sees, each built without memory: tests/engine/families.csv, docs/families.md.
 families: $(VENV)/.installed
 	$(VENV)/bin/python tests/engine/families.py
 
