@@ -1,8 +1,9 @@
-"""Triton must run in its interpreter in every test process: it reads this variable when it is first imported.
+"""Where the tests run, and the data sets that torchvision reads, in tiny files of their own formats.
 
-The ops interpret kernels only where a test asks for ``use_kernels("triton")``; elsewhere a CPU takes the reference.
+On a CPU, Triton must run in its interpreter in every test process: it reads this variable when it is first imported. The
+ops interpret kernels only where a test asks for ``use_kernels("triton")``; elsewhere a CPU takes the reference.
 
-And the data sets that torchvision reads, in tiny files of their own formats.
+``FASTLOCAL_TEST_DEVICE=cuda`` compiles the kernels, and puts on a card whatever a test makes without naming a device.
 """
 
 from __future__ import annotations
@@ -11,13 +12,27 @@ import gzip
 import os
 import pickle
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-os.environ["TRITON_INTERPRET"] = "1"
+DEVICE = os.environ.get("FASTLOCAL_TEST_DEVICE", "cpu")
+if DEVICE == "cpu":
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+@pytest.fixture(autouse=True)
+def device() -> Iterator[None]:
+    """Whatever a test makes without naming a device is on the one that is tested."""
+    if DEVICE == "cpu":
+        yield
+        return
+    import torch
+
+    with torch.device(DEVICE):
+        yield
 
 
 def _some_images(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
