@@ -18,6 +18,7 @@ from fastlocal.profiling.kernels.workloads import COMPILED, FLEX, OURS, UNFUSED,
 
 BATCH = 64
 CHECKED_BATCH = 2
+LOSS_SCALE = 2.0**16  # that of torch.amp.GradScaler: the gradients of a mean over an image are too small for float16
 Direction = Literal["forward", "backward", "both"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "backward", "both")
 DTYPES = (torch.bfloat16, torch.float16)
@@ -168,8 +169,9 @@ def check(workload: Workload, dtype: torch.dtype, device: torch.device) -> str |
     error = relative_error(out, exact_out)
     if not error <= 2 * unfused_error + rounding:
         return f"the output's relative error is {error:.1e}, the unfused ops' {unfused_error:.1e}"
-    gradients = torch.autograd.grad(out, ours.leaves, d_out.to(out.dtype))
-    exact_gradients = torch.autograd.grad(exact_out, exact.providers[OURS].leaves, d_out.to(exact_out.dtype))
+    scale = LOSS_SCALE if out.ndim == 0 else 1.0
+    gradients = torch.autograd.grad(out, ours.leaves, d_out.to(out.dtype) * scale)
+    exact_gradients = torch.autograd.grad(exact_out, exact.providers[OURS].leaves, d_out.to(exact_out.dtype) * scale)
     for position, (gradient, exact_gradient) in enumerate(zip(gradients, exact_gradients, strict=True)):
         error = relative_error(gradient, exact_gradient)
         if not error <= 4 * rounding:
