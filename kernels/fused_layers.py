@@ -163,10 +163,10 @@ class MaxViTAttention(maxxvit.AttentionCl):
         tokens = x.flatten(1, -2)
         qkv = self.qkv(tokens)
         if self.head_first:
-            q, k, v = qkv.unflatten(2, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4).unbind(0)
+            q, k, v = qkv.reshape(*qkv.shape[:2], self.num_heads, 3, -1).permute(3, 0, 2, 1, 4).unbind(0)
         else:
-            q, k, v = qkv.unflatten(2, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return _attend(self, tokens, q, k, v, bias=bias).unflatten(1, x.shape[1:-1])
+            q, k, v = qkv.reshape(*qkv.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+        return _attend(self, tokens, q, k, v, bias=bias).reshape(*x.shape[:-1], -1)
 
 
 class EvaAttention(eva.EvaAttention):
@@ -204,9 +204,9 @@ def _heads(layer: Layer, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     if layer.qkv is None:
         projected = [layer.q_proj(x), layer.k_proj(x), layer.v_proj(x)]  # heads may share keys and values
         head_dim = projected[0].shape[2] // layer.num_heads
-        q, k, v = (part.unflatten(2, (-1, head_dim)).transpose(1, 2) for part in projected)
+        q, k, v = (part.reshape(*part.shape[:2], -1, head_dim).transpose(1, 2) for part in projected)
     else:
-        q, k, v = _qkv(layer, x).unflatten(2, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = _qkv(layer, x).reshape(*x.shape[:2], 3, layer.num_heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
     return q, k, v
 
 

@@ -103,9 +103,14 @@ def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype that autocast casts to on ``device``; None where it is off or unknown, as on "meta"."""
-    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+    if _has_autocast(device.type) and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
     return None
+
+
+@torch.compiler.assume_constant_result  # torch 2.11 cannot trace the question, and would cut the graph here
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
 
 
 def _one_by_one(op: Function, info: Any, in_dims: tuple[Any, ...], *args: Any) -> tuple[Any, Any]:
