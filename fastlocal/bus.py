@@ -64,7 +64,7 @@ class Bus:
 
     def give_back(self, value: Tensor) -> None:
         """Let `borrow` hand out the memory of ``value`` again."""
-        self._idle.append(torch.empty(0, dtype=torch.uint8).set_(value.untyped_storage()))
+        self._idle.append(torch.empty(0, dtype=torch.uint8, device=value.device).set_(value.untyped_storage()))
 
     def fetch(self, host: Tensor) -> Tensor:
         """A copy of ``host`` on the device, on its way; `arrive` before it is used."""

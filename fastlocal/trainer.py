@@ -361,7 +361,7 @@ class LocalTrainer:
         assert images is not None
         seed = None
         if not memory.is_dry_run() and (self.ranks.data.size > 1 or (len(self.modules) > 1 and not exact)):
-            seed = int(torch.randint(2**62, ())) + 1_000_003 * self.ranks.data.rank
+            seed = int(torch.randint(2**62, (), device="cpu")) + 1_000_003 * self.ranks.data.rank
         return Message(MessageKind.STEP, images, images, labels, seed, sum(counts))
 
     @torch.no_grad()
@@ -638,7 +638,10 @@ def _mean_std(
         raise ValueError(
             f"normalize must be (mean, std) with {channels} numbers each and every std positive, got {normalize}."
         )
-    return torch.tensor(mean).view(-1, 1, 1) * 255, torch.tensor(std).view(-1, 1, 1) * 255
+    return (
+        torch.tensor(mean, device="cpu").view(-1, 1, 1) * 255,
+        torch.tensor(std, device="cpu").view(-1, 1, 1) * 255,
+    )
 
 
 def _classifiers(model: nn.Module, modules: Sequence[LocalModule]) -> list[nn.Parameter]:

@@ -40,17 +40,19 @@ class BatchAugmentation:
         batch, _, height, width = images.shape
         device = images.device
         if self.crop_padding:
-            rows, columns = torch.randint(2 * self.crop_padding + 1, (2, batch, 1), generator=generator).to(device)
+            rows, columns = torch.randint(
+                2 * self.crop_padding + 1, (2, batch, 1), generator=generator, device="cpu"
+            ).to(device)
             rows, columns = rows + torch.arange(height, device=device), columns + torch.arange(width, device=device)
             padded = F.pad(images, (self.crop_padding,) * 4).permute(0, 2, 3, 1)
             which = torch.arange(batch, device=device)[:, None, None]
             images = padded[which, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
         if self.hflip:
-            flipped = torch.rand((batch, 1, 1, 1), generator=generator).to(device) < 0.5
+            flipped = torch.rand((batch, 1, 1, 1), generator=generator, device="cpu").to(device) < 0.5
             images = torch.where(flipped, images.flip(3), images)
         if self.cutout:
-            top = torch.randint(height, (batch, 1), generator=generator).to(device) - self.cutout // 2
-            left = torch.randint(width, (batch, 1), generator=generator).to(device) - self.cutout // 2
+            top = torch.randint(height, (batch, 1), generator=generator, device="cpu").to(device) - self.cutout // 2
+            left = torch.randint(width, (batch, 1), generator=generator, device="cpu").to(device) - self.cutout // 2
             inside_rows = _between(torch.arange(height, device=device), top, top + self.cutout)
             inside_columns = _between(torch.arange(width, device=device), left, left + self.cutout)
             square = (inside_rows[:, :, None] & inside_columns[:, None, :])[:, None]

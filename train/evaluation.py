@@ -49,7 +49,7 @@ def validate(
     ranks, exits = trainer.ranks, 1 if ema else len(trainer.exit_names)
     own = slice(0, int(trainer.own_exits.stop == len(trainer.exit_names))) if ema else trainer.own_exits
     loss, correct = torch.zeros(exits, device=device), torch.zeros(exits, device=device)
-    indices = list(torch.arange(len(split)).split(batch_size))
+    indices = list(torch.arange(len(split), device="cpu").split(batch_size))
     read = 0
     for images, labels in until(_shares(split, indices, ranks)):
         read += 1
@@ -71,14 +71,14 @@ def _shares(split: Split, indices: Sequence[Tensor], ranks: Ranks) -> Iterator[t
     """This process's images and labels of each batch; it reads no images if another process sends it features."""
     shares = [chosen.tensor_split(ranks.data.size)[ranks.data.rank] for chosen in indices]
     if ranks.modules.rank:
-        labels = torch.as_tensor(split.labels)
+        labels = torch.as_tensor(split.labels, device="cpu")
         for chosen in shares:
             yield None, labels[chosen]
         return
     batches = split.batches([chosen for chosen in shares if len(chosen)], None)
     with contextlib.closing(batches):
         for chosen in shares:
-            yield next(batches) if len(chosen) else (None, torch.empty(0, dtype=torch.int64))
+            yield next(batches) if len(chosen) else (None, torch.empty(0, dtype=torch.int64, device="cpu"))
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ def _open_plain(path: Path, changes: Mapping[str, Any]) -> Saved:
         return model((images.to(device).float() - mean) / std).float().cpu()[None]
 
     def infer_early(images: Tensor, _: float) -> tuple[Tensor, Tensor]:
-        return infer(images)[0], torch.zeros(len(images), dtype=torch.int64)
+        return infer(images)[0], torch.zeros(len(images), dtype=torch.int64, device="cpu")
 
     return Saved(path, config, settings, classes, ("model",), infer, infer_early)
 
@@ -183,10 +183,10 @@ def evaluate_saved(path: str | Path, report: str | Path | None = None, **changes
     refuse_unasked(saved.config, changes)
     settings = {"preprocessing": saved.preprocessing.to_dict(), "classes": list(saved.classes)}
     split, notes = read_validation(saved.config, settings)
-    loss, correct, top5 = (torch.zeros(len(saved.exits), dtype=torch.float64) for _ in range(3))
+    loss, correct, top5 = (torch.zeros(len(saved.exits), dtype=torch.float64, device="cpu") for _ in range(3))
     last, labels = [], []
     for images, targets in split.batches(
-        list(torch.arange(len(split)).split(saved.config.optimization.batch_size)), None
+        list(torch.arange(len(split), device="cpu").split(saved.config.optimization.batch_size)), None
     ):
         logits = saved.infer(images)
         for k, of_exit in enumerate(logits):
@@ -197,7 +197,7 @@ def evaluate_saved(path: str | Path, report: str | Path | None = None, **changes
         last.append(logits[-1].softmax(-1))
         labels.append(targets)
     probabilities, truth = torch.cat(last), torch.cat(labels)
-    confusion = torch.zeros(len(saved.classes), len(saved.classes), dtype=torch.long)
+    confusion = torch.zeros(len(saved.classes), len(saved.classes), dtype=torch.long, device="cpu")
     confusion.index_put_((truth, probabilities.argmax(1)), torch.ones_like(truth), accumulate=True)
     per_class = [
         {

@@ -446,7 +446,7 @@ class _Run:
         for schedule in self.schedules:
             schedule.step_update(progress.epoch * self.steps + progress.position)
         progress.add(
-            samples=torch.tensor(metrics.samples),
+            samples=torch.tensor(metrics.samples, device="cpu"),
             loss=metrics.loss * metrics.samples,
             regularizer=metrics.regularizer * metrics.samples,
             correct=metrics.correct,

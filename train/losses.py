@@ -38,11 +38,11 @@ def training_loss(config: TrainConfig, classes: int, labels: Sequence[int] | Ten
 
 def _weights(given: str | tuple[float, ...], classes: int, labels: Sequence[int] | Tensor) -> Tensor:
     if given == "balanced":
-        counts = torch.bincount(torch.as_tensor(labels), minlength=classes)
+        counts = torch.bincount(torch.as_tensor(labels, device="cpu"), minlength=classes)
         return len(labels) / (classes * counts.clamp(min=1))
     if len(given) != classes:
         raise UserError(f"--class-weights takes 'balanced' or one number per class, {classes}; got {len(given)}.")
-    return torch.tensor(given, dtype=torch.float32)
+    return torch.tensor(given, dtype=torch.float32, device="cpu")
 
 
 class WeightedCrossEntropy(nn.Module):

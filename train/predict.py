@@ -77,7 +77,7 @@ def _paths(images: Sequence[str | Path]) -> Iterator[Path]:
 
 def _read(saved: Saved, paths: Sequence[Path]) -> Tensor:
     transform, channels = saved.preprocessing.transform(), saved.preprocessing.channels
-    return torch.stack([torch.as_tensor(transform(read_picture(path, channels))) for path in paths])
+    return torch.stack([torch.as_tensor(transform(read_picture(path, channels)), device="cpu") for path in paths])
 
 
 def _chosen(saved: Saved, images: Tensor, exit: int | str | None) -> tuple[Tensor, Tensor]:
@@ -87,10 +87,10 @@ def _chosen(saved: Saved, images: Tensor, exit: int | str | None) -> tuple[Tenso
         return logits.softmax(-1), places + 1
     probabilities, names = saved.infer(images).softmax(-1), _early(saved)
     if exit is None:
-        places = torch.full((len(images),), len(probabilities) - 1)
+        places = torch.full((len(images),), len(probabilities) - 1, device="cpu")
     else:
-        places = torch.full((len(images),), int(exit) - 1)
-    return probabilities[places, torch.arange(len(images))], places.clamp(max=len(names) - 1) + 1
+        places = torch.full((len(images),), int(exit) - 1, device="cpu")
+    return probabilities[places, torch.arange(len(images), device="cpu")], places.clamp(max=len(names) - 1) + 1
 
 
 def _early(saved: Saved) -> list[str]:

@@ -101,7 +101,7 @@ class Pipeline:
         self._after = axis.members[axis.rank + 1] if axis.rank + 1 < axis.size else None
         self._outgoing: deque[tuple[Tensor, dist.Work | None]] = deque()
         self._incoming: deque[tuple[Tensor, dist.Work]] = deque()
-        self._read = torch.empty(0)  # the buffer that the last message lies in
+        self._read = torch.empty(0, device=device)  # the buffer that the last message lies in
         self._out_size = self._in_size = 0  # of a buffer, in bytes
         self.sent = 0
 
@@ -123,7 +123,7 @@ class Pipeline:
             self._put(buffer)
 
     def _grow(self, size: int) -> None:
-        header = torch.zeros(HEADER, dtype=torch.int64)
+        header = torch.zeros(HEADER, dtype=torch.int64, device="cpu")
         if not self._out_size:  # the first message of all: the receiver knows no size yet
             header[0], header[1] = Kind.GROW, size
             self._put(header.to(self._device).view(torch.uint8)).wait(self._ranks.timeout)
@@ -136,7 +136,7 @@ class Pipeline:
         """Answer all that the receiver has ``asked`` for, and wait until it knows."""
         for _ in range(asked):
             buffer = self._free()
-            buffer[: HEADER * 8].view(torch.int64)[:2].copy_(torch.tensor([kind, size]))
+            buffer[: HEADER * 8].view(torch.int64)[:2].copy_(torch.tensor([kind, size], device="cpu"))
             self._put(buffer)
         for _, work in self._outgoing:
             if work is not None:
@@ -263,7 +263,7 @@ def _header(message: Message) -> Tensor:
             gap = [0] * (_LONGEST_SHAPE - tensor.ndim)
             about += [*tensor.shape, *gap, *_order(tensor), *gap]
         numbers += about or [0] * _PER_TENSOR
-    return torch.tensor(numbers + [0] * (HEADER - len(numbers)), dtype=torch.int64)
+    return torch.tensor(numbers + [0] * (HEADER - len(numbers)), dtype=torch.int64, device="cpu")
 
 
 def _places(buffer: Tensor, tensors: Sequence[Tensor | None]) -> list[Tensor | None]:

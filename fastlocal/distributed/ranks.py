@@ -160,7 +160,7 @@ class Ranks:
         """``count`` of each process along "data"; a negative one says that something is wrong there."""
         if self.data.control is None or self.data.size == 1:
             return [count]
-        every = torch.zeros(self.data.size, dtype=torch.int64)
+        every = torch.zeros(self.data.size, dtype=torch.int64, device="cpu")
         every[self.data.rank] = count
         with self.waiting():
             dist.all_reduce(every, group=self.data.control)
@@ -171,7 +171,7 @@ class Ranks:
         axis = self.modules
         if axis.rank == 0:
             wanted = min(self.counts(int(wanted))) > 0
-        answer = torch.tensor([wanted])
+        answer = torch.tensor([wanted], device="cpu")
         with self.waiting():
             if axis.rank:
                 dist.recv(answer, axis.members[0], group=axis.control)

@@ -102,7 +102,9 @@ def forward_flops(modules: Sequence[LocalModule], backbone: Backbone, objective:
             features = module(entering)
             module.classify(features.output)
             if module.head is None:
-                objective.regularizer(module.decoder, features, image, torch.zeros(1, dtype=torch.int64))
+                objective.regularizer(
+                    module.decoder, features, image, torch.zeros(1, dtype=torch.int64, device=weight.device)
+                )
         counts.append(float(counter.get_total_flops()))
     return counts
 

@@ -135,8 +135,8 @@ class Profile:
     ) -> tuple[float, float, int, int]:
         """(saved, work, forward FLOPs, backward FLOPs) of a run on ``samples``, with gradients to add to."""
         dtype = torch.float32 if first else self.amp_dtype or torch.float32
-        x = torch.empty(samples, *source.shape, dtype=dtype, requires_grad=not first)
-        beside = [torch.empty(samples, *one.shape, dtype=dtype) for one in extra]
+        x = torch.empty(samples, *source.shape, dtype=dtype, device="cpu", requires_grad=not first)
+        beside = [torch.empty(samples, *one.shape, dtype=dtype, device="cpu") for one in extra]
         with memory.Meter(part, x, *beside) as meter, FlopCounterMode(display=False) as counter:
             held = meter.live
             with torch.autocast("cpu", self.amp_dtype, enabled=self.amp_dtype is not None, cache_enabled=False):
@@ -165,7 +165,7 @@ class _Heads(nn.Module):
         loss = module.classify(h).float().sum()
         features = Features(embedded, h, residual=h.float().sum() if module.measure_residual else None)
         regularizer = self._objective.regularizer(
-            module.decoder, features, images, torch.zeros(len(h), dtype=torch.int64)
+            module.decoder, features, images, torch.zeros(len(h), dtype=torch.int64, device=h.device)
         )
         return loss if regularizer is None else loss + regularizer
 

@@ -45,8 +45,8 @@ def rehearse(view: Backbone, plan: Plan, options: dict[str, Any], image_dtype: t
     trainer.residency.rehearse_slices(LIKE_OTHERS)
     parts = min(2, -(-plan.batch_size // plan.micro_batch))
     batch = min(parts * plan.micro_batch, plan.batch_size)
-    images = torch.empty(batch, *trainer.backbone.image.shape, dtype=image_dtype)
-    labels = torch.empty(batch, dtype=torch.int64)
+    images = torch.empty(batch, *trainer.backbone.image.shape, dtype=image_dtype, device="cpu")
+    labels = torch.empty(batch, dtype=torch.int64, device="cpu")
     own = trainer.objective.exact
     kinds = (own, True) if plan.exact_share and not own else (own,)
     peaks = [_peak(trainer, plan, images, labels, exact) for exact in kinds]

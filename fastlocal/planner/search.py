@@ -283,7 +283,7 @@ def average_bytes(model: nn.Module, options: dict[str, Any]) -> int:
 
 def state_share(make: Callable[..., torch.optim.Optimizer]) -> float:
     """Bytes of state per byte of weights of the optimizer that ``make`` makes."""
-    weight = nn.Parameter(torch.empty(64, 64))
+    weight = nn.Parameter(torch.empty(64, 64, device="cpu"))
     weight.grad = torch.empty_like(weight)
     optimizer = make([{"params": [weight], "names": ["weight"], "depths": [0], "deepest": 0}])
     optimizer.step()

@@ -119,7 +119,9 @@ class _AdamW8bit(torch.optim.Optimizer):
                     self.state[parameter][name] = torch.zeros_like(parameter)
                 else:
                     self.state[parameter][name] = torch.zeros_like(parameter, dtype=torch.uint8)
-                    self.state[parameter][f"{name}_scale"] = torch.zeros(-(-parameter.numel() // 256))
+                    self.state[parameter][f"{name}_scale"] = torch.zeros(
+                        -(-parameter.numel() // 256), device=parameter.device
+                    )
 
 
 def eight_bit(model: nn.Module) -> Rival:

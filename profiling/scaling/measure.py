@@ -48,8 +48,8 @@ def measure(rank: int, processes: int, device: str, batch_size: int, rounds: int
     dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
     place = torch.device(device, rank) if device == "cuda" else torch.device("cpu")
     generator = torch.Generator().manual_seed(0)
-    images = torch.randint(256, (batch_size, 3, 32, 32), generator=generator, dtype=torch.uint8)
-    labels = torch.randint(10, (batch_size,), generator=generator)
+    images = torch.randint(256, (batch_size, 3, 32, 32), generator=generator, dtype=torch.uint8, device="cpu")
+    labels = torch.randint(10, (batch_size,), generator=generator, device="cpu")
 
     cuts, rank_cuts = _balanced(images, labels, place, processes)
     share = share_of(batch_size, rank, processes)

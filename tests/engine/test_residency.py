@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import gc
@@ -41,19 +42,19 @@ def run(
     return trainer.state_dict()
 
 
-def assert_equal(ours: Any, theirs: Any) -> None:
+def assert_equal(ours: Any, theirs: Any, name: str = "") -> None:
     if isinstance(ours, dict):
-        assert ours.keys() == theirs.keys()
+        assert ours.keys() == theirs.keys(), name
         for key in ours:
-            assert_equal(ours[key], theirs[key])
+            assert_equal(ours[key], theirs[key], f"{name}.{key}")
     elif isinstance(ours, (list, tuple)):
-        assert len(ours) == len(theirs)
-        for a, b in zip(ours, theirs, strict=True):
-            assert_equal(a, b)
+        assert len(ours) == len(theirs), name
+        for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
+            assert_equal(a, b, f"{name}.{i}")
     elif isinstance(ours, Tensor):
-        assert torch.equal(ours, theirs)
+        assert torch.equal(ours.cpu(), theirs.cpu()), name
     else:
-        assert ours == theirs
+        assert ours == theirs, name
 
 
 HOMES: dict[str, dict[str, Any]] = {
@@ -75,6 +76,27 @@ HOMES: dict[str, dict[str, Any]] = {
 def test_where_things_live_changes_no_bit(build: Build, batch: Batch, family: str, objective: str, homes: str) -> None:
     expected = run(build, batch, family, 3, objective=objective)
     assert_equal(run(build, batch, family, 3, objective=objective, **HOMES[homes]), expected)
+
+
+@pytest.mark.parametrize("homes", [{}, *HOMES.values()], ids=["all on the device", *HOMES])
+@pytest.mark.parametrize("objective", ["feature", "end-to-end"])
+def test_the_default_device_is_the_users(build: Build, batch: Batch, objective: str, homes: dict[str, Any]) -> None:
+    """What a trainer makes lies where it must, whatever `torch.set_default_device` says."""
+    states = []
+    for default in (contextlib.nullcontext(), torch.device("meta")):
+        torch.manual_seed(0)
+        trainer = fastlocal.LocalTrainer(build("swin"), **FULL, objective=objective, **homes)
+        trainer.step(*batch)  # torch's optimizers make their step counts on the default device
+        with default:
+            for exact in (False, True):
+                trainer.step(*batch, exact=exact)
+            logits = (
+                trainer.predict(batch[0]),
+                trainer.predict(batch[0], ema=True),
+                trainer.predict_early(batch[0], 0.1),
+            )
+            states.append((trainer.state_dict(), logits))
+    assert_equal(*states)
 
 
 @pytest.mark.parametrize("objective", ["feature", "end-to-end"])
@@ -134,16 +156,14 @@ def test_the_model_is_whole_between_steps(build: Build, batch: Batch) -> None:
     model = build("vit")
     trainer = fastlocal.LocalTrainer(model, residency="module")
     trainer.step(*batch)
-    images = batch[0]
-    trainer.model.eval()
-    torch.testing.assert_close(model(images), trainer.predict(images)[-1])
     assert all(p.grad is None for p in model.parameters())
+    logits = trainer.predict(batch[0])[-1]
+    torch.testing.assert_close(model.to(trainer.device)(batch[0]), logits)
 
 
 @pytest.mark.parametrize("residency", ["all", "optimizer", "module"])
-def test_nothing_leaks_over_fifty_steps(build: Build, residency: str) -> None:
-    generator = torch.Generator().manual_seed(1)
-    images, labels = torch.randn(4, 3, 32, 32, generator=generator), torch.arange(4)
+def test_nothing_leaks_over_fifty_steps(build: Build, batch: Batch, residency: str) -> None:
+    images, labels = batch[0][:4], torch.arange(4)
     trainer = fastlocal.LocalTrainer(build("vit", depth=2), modules=2, micro_batch=3, residency=residency)
     trainer.step(images, labels)  # makes the optimizer states
     gc.collect()

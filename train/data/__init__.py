@@ -126,7 +126,7 @@ def read(config: TrainConfig, source: Mapping[str, Any], saved: Mapping[str, Any
             labels = [classes.index(part.labels[i]) for i in part.kept]
             if pixels:
                 images = pixels[number]
-                splits.append(_memory_split(config, images, torch.tensor(labels), classes, settings))
+                splits.append(_memory_split(config, images, torch.tensor(labels, device="cpu"), classes, settings))
             else:
                 splits.append(FileSplit(part.pictures, part.kept, tuple(labels), classes, settings, config))
         notes = (*_read_beside(config), *_notes(parts, classes))
@@ -342,7 +342,7 @@ def _array_split(
     present = labels.unique().tolist()
     known = dict(enumerate(names))
     check_classes(classes, [known.get(i, str(i)) for i in present], where)
-    places = torch.tensor([list(classes).index(name) if name in classes else -1 for name in names])
+    places = torch.tensor([list(classes).index(name) if name in classes else -1 for name in names], device="cpu")
     return _memory_split(config, images, places[labels], classes, settings)
 
 

@@ -177,7 +177,7 @@ class Listing:
             if len(members) < 2:
                 raise UserError(f"--val-split needs two images of each class, and class {name!r} has one.")
             count = min(max(round(share * len(members)), 1), len(members) - 1)
-            order = torch.randperm(len(members), generator=generator_for(SUBSET_SEED, number))
+            order = torch.randperm(len(members), generator=generator_for(SUBSET_SEED, number), device="cpu")
             validation.update(members[i] for i in order[:count].tolist())
         rest = tuple(i for i in self.kept if i not in validation)
         return replace(self, kept=rest), replace(self, kept=tuple(sorted(validation)), left_out=Counter())
@@ -219,8 +219,8 @@ class Listing:
 def subset(total: int, count: int | None) -> Tensor:
     """``count`` of ``total`` places, in order; all for None."""
     if count is None or count >= total:
-        return torch.arange(total)
-    return torch.randperm(total, generator=generator_for(SUBSET_SEED))[:count].sort().values
+        return torch.arange(total, device="cpu")
+    return torch.randperm(total, generator=generator_for(SUBSET_SEED), device="cpu")[:count].sort().values
 
 
 def listed(names: list[str], most: int = 20) -> str:

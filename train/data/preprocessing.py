@@ -111,7 +111,7 @@ class Preprocessing:
 
     def _as_pixels(self, normalized: Tensor) -> Tensor:
         """Random erasing works on normalized images; its noise is clipped to what pixels can be."""
-        mean, std = (torch.tensor(values).view(-1, 1, 1) for values in self.normalize)
+        mean, std = (torch.tensor(v, device=normalized.device).view(-1, 1, 1) for v in self.normalize)
         return (normalized * std + mean).mul(255).round().clamp(0, 255).to(torch.uint8)
 
     def _settings(self) -> dict[str, Any]:

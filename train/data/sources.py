@@ -42,8 +42,8 @@ def _synthetic(config: TrainConfig, training: bool, size: tuple[int, int]) -> Ar
     """Random images of ten random classes: 1,024 to train on, 256 to validate, or as many as the limits say."""
     count = (config.data.train_limit or 1024) if training else (config.data.val_limit or 256)
     generator = generator_for(config.optimization.seed, training)
-    images = torch.randint(256, (count, 3, *size), dtype=torch.uint8, generator=generator)
-    return images, torch.randint(10, (count,), generator=generator), [f"class {i}" for i in range(10)]
+    images = torch.randint(256, (count, 3, *size), dtype=torch.uint8, generator=generator, device="cpu")
+    return images, torch.randint(10, (count,), generator=generator, device="cpu"), [f"class {i}" for i in range(10)]
 
 
 def _torchvision(config: TrainConfig, training: bool) -> Arrays:
@@ -77,7 +77,7 @@ def _torchvision(config: TrainConfig, training: bool) -> Arrays:
             f"--data {kind} in {config.data.data_dir!r} cannot be read: {len(images)} images and {len(labels)} labels."
         )
     classes = getattr(source, "classes", None) or [str(i) for i in range(10)]
-    return images, torch.as_tensor(labels).long(), [str(entry) for entry in classes]
+    return images, torch.as_tensor(labels, device="cpu").long(), [str(entry) for entry in classes]
 
 
 def _three_channels(grey: Tensor) -> Tensor:

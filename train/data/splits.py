@@ -87,7 +87,7 @@ def mean_and_std(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel of ``images`` [N, C, H, W] uint8 over all pixels, scaled to 0…1."""
     channels = range(images.shape[1])
     counts = torch.stack([torch.bincount(images[:, c].flatten(), minlength=256) for c in channels]).double()
-    shares, values = counts / counts.sum(1, keepdim=True), torch.arange(256).double() / 255
+    shares, values = counts / counts.sum(1, keepdim=True), torch.arange(256, device=images.device).double() / 255
     mean = shares @ values
     variance = shares @ values.square() - mean.square()
     # A constant channel has nothing to scale; 1/255 is one step of uint8.
@@ -161,11 +161,11 @@ def _collate(samples: list[Any]) -> Any:
     for sample in samples:
         if isinstance(sample, UserError):
             return sample
-    images = [torch.as_tensor(np.asarray(image)) for image, _ in samples]
-    return torch.stack(images), torch.tensor([label for _, label in samples])
+    images = [torch.as_tensor(np.asarray(image), device="cpu") for image, _ in samples]
+    return torch.stack(images), torch.tensor([label for _, label in samples], device="cpu")
 
 
 def training_indices(total: int, batch_size: int, seed: int, epoch: int) -> list[Tensor]:
     """The epoch's data order, cut into full batches; a data set smaller than a batch makes one."""
-    order = torch.randperm(total, generator=generator_for(seed, epoch))
+    order = torch.randperm(total, generator=generator_for(seed, epoch), device="cpu")
     return list(order[: max(total // batch_size, 1) * batch_size].split(batch_size))
