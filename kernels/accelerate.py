@@ -23,9 +23,10 @@ def accelerate(model: nn.Module) -> int:
     """Swap the attention of Swin, Swin-V2, ViT (DeiT), BEiT, EVA, ViT with relative positions and MaxViT layers of timm,
     and of torchvision's Swin, in ``model`` for the fused ops.
 
-    In place; outputs and gradients stay equal to rounding, in training and in evaluation. A layer called with a mask of
-    its own runs timm's code; so does one whose method somebody has replaced on the instance, and it is not counted.
-    Accelerating twice is the same as once.
+    In place; outputs and gradients stay equal to rounding, in training and in evaluation; only the masks of a Swin's
+    projection dropout are others, since timm draws them on windows and the fused layers on the grid. A layer called with
+    a mask of its own runs timm's code; so does one whose method somebody has replaced on the instance, and it is not
+    counted. Accelerating twice is the same as once.
 
     Returns:
         How many layers use a fused op now.

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import fastlocal
+from fastlocal.kernels import accelerate, dispatch
 from fastlocal.objectives import OBJECTIVES
 
 Build = Callable[..., nn.Module]
@@ -37,11 +38,13 @@ def gradients(model: nn.Module, batch: Batch, seed: int = 5, exact: bool = False
     )
     torch.manual_seed(seed)
     trainer.step(*batch, exact=exact)
-    return {name: before[name] - p.detach() for name, p in model.named_parameters()}
+    return {name: before[name] - p.detach().to(before[name].device) for name, p in model.named_parameters()}
 
 
 def backpropagated(model: nn.Module, batch: Batch, seed: int = 5) -> dict[str, Tensor]:
     model = copy.deepcopy(model).train()
+    if dispatch.implementation(batch[0].device) == "triton":  # as in the trainer: fused layers draw masks of their own
+        accelerate(model)
     torch.manual_seed(seed)
     F.cross_entropy(model(batch[0]), batch[1]).backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
@@ -57,13 +60,13 @@ def error(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("family", ["swin", "vit"])
 def test_one_module_end_to_end_is_plain_training_bit_for_bit(build: Build, family: str) -> None:
     model, plain = build(family, **STOCHASTIC), build(family, **STOCHASTIC).train()
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(2)
     images, labels = (
         torch.randn(5, 8, 3, 32, 32, generator=generator),
         torch.randint(0, 10, (5, 8), generator=generator),
     )
 
-    trainer = fastlocal.LocalTrainer(model, modules=1, objective="end-to-end", clip_grad=1.0)
+    trainer = fastlocal.LocalTrainer(model, modules=1, objective="end-to-end", clip_grad=1.0, kernels="reference")
     torch.manual_seed(4)
     for x, y in zip(images, labels, strict=True):
         trainer.step(x, y)
