@@ -35,6 +35,13 @@ def device() -> Iterator[None]:
         yield
 
 
+@pytest.fixture
+def interpreter() -> None:
+    """For a test that looks into Triton's interpreter, where a CPU runs the kernels; a card runs them compiled."""
+    if DEVICE != "cpu":
+        pytest.skip("it looks into Triton's interpreter, and a card compiles kernels")
+
+
 def _some_images(count: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     generator = np.random.default_rng(count + size)
     return generator.integers(0, 256, (count, 3, size, size), dtype=np.uint8), generator.integers(0, 10, count)

@@ -317,7 +317,7 @@ def test_autocast_matches_timm(relative_error: ErrorOf) -> None:
         model, images, _ = build(name, torch.float32)
         model.eval()
         exact = model(images)
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(images.device.type, torch.bfloat16):
             plain = model(images)
             accelerate(model)
             fused = model(images)

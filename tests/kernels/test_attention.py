@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from fastlocal.kernels import attention, use_kernels
+from fastlocal.kernels import attention, dispatch, use_kernels
 
 ErrorOf = Callable[[Tensor, Tensor], float]
 
@@ -219,7 +219,7 @@ def test_every_subset_of_inputs_that_require_grad(relative_error: ErrorOf) -> No
 
 def test_autocast_casts_q_k_v_and_leaves_the_bias_gradient_in_float32(relative_error: ErrorOf) -> None:
     qkv, bias, d_out = problem()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(qkv.device.type, torch.bfloat16):
         out, d_q, _, _, d_bias = run(ours, qkv, bias, d_out.bfloat16())
     assert (out.dtype, d_q.dtype, d_bias.dtype) == (torch.bfloat16, torch.float32, torch.float32)
     assert 1e-5 < relative_error(out, run(eager, *in_float64(qkv, bias, d_out))[0]) < BAND[torch.bfloat16]
@@ -228,6 +228,7 @@ def test_autocast_casts_q_k_v_and_leaves_the_bias_gradient_in_float32(relative_e
 @pytest.mark.parametrize("shape", ["shared", "per sample", "keys"])
 def test_sdpa_where_triton_cannot_run(monkeypatch: pytest.MonkeyPatch, shape: str, relative_error: ErrorOf) -> None:
     monkeypatch.setitem(attention.__globals__, "_forward", None)
+    monkeypatch.setattr(dispatch, "why_not_triton", lambda device: "this device is an old one.")
     qkv, bias, d_out = problem()
     bias = {"shared": bias, "per sample": torch.randn(2, 2, 17, 17), "keys": torch.randn(2, 1, 1, 17)}[shape]
     for out, exact in zip(run(ours, qkv, bias, d_out), run(eager, *in_float64(qkv, bias, d_out)), strict=True):
@@ -488,9 +489,13 @@ def test_backward_runs_what_its_forward_ran(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_rows_further_apart_than_32_bits_count(tmp_path: Path) -> None:
-    """A sequence-first layout of many samples and wide heads: 40 rows of 2**26 elements, in a sparse file."""
+    """A sequence-first layout of many samples and wide heads: 40 rows of 2**26 elements, on a CPU in a sparse file."""
     qkv, _, d_out = problem(batch=1, heads=1, length=40, dtype=torch.float16, bias=False)
-    apart = torch.from_file(str(tmp_path / "rows"), shared=True, size=39 * 2**26 + 16, dtype=torch.float16)
+    size = 39 * 2**26 + 16
+    if qkv.device.type == "cpu":
+        apart = torch.from_file(str(tmp_path / "rows"), shared=True, size=size, dtype=torch.float16)
+    else:
+        apart = torch.empty(size, dtype=torch.float16)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     far = apart.as_strided(q.shape, (1, 1, 2**26, 1)).copy_(q)
     results = []

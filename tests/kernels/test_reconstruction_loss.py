@@ -28,10 +28,18 @@ KINDS = {"mse": F.mse_loss, "l1": F.l1_loss, "smooth_l1": F.smooth_l1_loss}
 BAND = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 
 
+def cut_into_tiles(monkeypatch: pytest.MonkeyPatch, elements: int) -> None:
+    """Of at most so many elements, whatever a card has multiprocessors."""
+    device = torch.get_default_device()
+    several = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    monkeypatch.setattr(op, "TILE_ELEMENTS", elements)
+    monkeypatch.setattr(op, "TILE_ELEMENTS_PER_MULTIPROCESSOR", elements // several)
+
+
 @pytest.fixture(autouse=True)
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     """Cut even these problems into many tiles."""
-    monkeypatch.setattr(op, "TILE_ELEMENTS", 1500)
+    cut_into_tiles(monkeypatch, 1500)
 
 
 def reconstruct(hidden: Tensor, weight: Tensor, bias: Tensor | None, upsample: int) -> Tensor:
@@ -340,7 +348,7 @@ class Allocations(TorchDispatchMode):
 def test_never_holds_a_tensor_as_large_as_the_reconstruction(
     kernels: Any, dtype: torch.dtype, normalize: bool, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(op, "TILE_ELEMENTS", 2**12)
+    cut_into_tiles(monkeypatch, 2**12)
     inputs = problem(4, 12, 8, 12, 2, 32, dtype=dtype)
     inputs[3] = inputs[3].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     reconstruction = inputs[3].numel() * dtype.itemsize
@@ -373,7 +381,7 @@ def test_saves_its_inputs_and_nothing_else(amp: bool) -> None:
     saved: list[Tensor] = []
     leaves = [x.requires_grad_() for x in (hidden, weight, bias)]
     hooks = torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x)
-    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=amp):
+    with hooks, torch.autocast(hidden.device.type, torch.bfloat16, enabled=amp):
         reconstruction_loss(*leaves, target, upsample=2)
     hidden_bytes = hidden.numel() * (2 if amp else 4)
     assert sum(x.nbytes for x in saved) == hidden_bytes + weight.nbytes + bias.nbytes + target.nbytes
@@ -381,7 +389,7 @@ def test_saves_its_inputs_and_nothing_else(amp: bool) -> None:
 
 def test_autocast_multiplies_in_its_dtype_and_sums_in_float32(relative_error: ErrorOf) -> None:
     inputs = problem()
-    with torch.autocast("cpu", torch.bfloat16):
+    with torch.autocast(inputs[0].device.type, torch.bfloat16):
         results = run(reconstruction_loss, inputs, upsample=2)
     assert [x.dtype for x in results] == [torch.float32] * 4
     for out, exact in zip(results, run(eager, in_float64(inputs), upsample=2), strict=True):
@@ -427,7 +435,7 @@ def test_compiles_into_one_graph(kernels: Any, amp: bool, relative_error: ErrorO
     with use_kernels(kernels):
         for call in (decoder, torch.compile(decoder, fullgraph=True, backend="aot_eager")):
             decoder.zero_grad()
-            with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            with torch.autocast(hidden.device.type, torch.bfloat16, enabled=amp):
                 loss = call(hidden, target)
             loss.backward()
             results.append([loss.detach(), *(p.grad.clone() for p in decoder.parameters())])
@@ -486,7 +494,7 @@ def test_flops_are_one_product_forward_and_three_backward() -> None:
 )
 def test_errors_name_the_argument(change: dict[str, Any], sentence: str) -> None:
     names = ("hidden", "weight", "bias", "target")
-    arguments = dict(zip(names, problem(), strict=True)) | {"upsample": 2} | change
+    arguments = dict(zip(names, (tensor.cpu() for tensor in problem()), strict=True)) | {"upsample": 2} | change
     with pytest.raises(ValueError, match=sentence) as error:
         reconstruction_loss(**arguments)
     assert "\n" not in str(error.value)
