@@ -373,7 +373,7 @@ def test_nothing_that_is_needed_lies_where_a_cuda_graph_writes_again(
     build: Build, batch: Batch, objective: str, micro_batch: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     backend, original = _graphs(), nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self, mode: original(self, backend=backend))
+    monkeypatch.setattr(nn.Module, "compile", lambda self, mode: original(self, backend=backend, fullgraph=True))
     options: dict[str, Any] = {"modules": [2, 3], "objective": objective, "micro_batch": micro_batch}
     eager = fastlocal.LocalTrainer(build("vit", depth=4), **options)
     replayed = fastlocal.LocalTrainer(build("vit", depth=4), compile="reduce-overhead", **options)
