@@ -7,8 +7,9 @@ dry run repeats its blocks, whose parameters only lie elsewhere, and torch's own
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, cast
 
 import torch
@@ -26,12 +27,21 @@ def is_dry_run() -> bool:
     return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
 
 
+def is_dry_run_of_cuda() -> bool:
+    """Whether this is a `dry_run` of what will run on a CUDA device."""
+    mode = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE)
+    return isinstance(mode, _DryRun) and mode.of_cuda
+
+
 @contextmanager
-def dry_run() -> Iterator[None]:
+def dry_run(device: torch.device | str = "cuda") -> Iterator[None]:
     """Inside this block operations on tensors made in it, or by `fake_copy`, compute shapes and lifetimes, no values.
 
-    The fake tensors say they are on the CPU, so CPU rules hold: autocast runs LayerNorm in the low precision (as
-    timm's fast norm does on CUDA), and optimizers step one parameter at a time unless told otherwise.
+    The fake tensors say they are on the CPU, so optimizers step one parameter at a time unless told otherwise.
+
+    Args:
+        device: where what is rehearsed will run. On "cuda" autocast follows CUDA's rules: softmax, LayerNorm and losses are
+            float32, and what they save is.
 
     Reading a value that is not known (``.item()``, ``float()``, ``if tensor:``) gives zero: 0.0, 0 or False. So a
     GradScaler finds no overflow, and a test that must hold for the step to go on asks `is_dry_run` first.
@@ -47,8 +57,9 @@ def dry_run() -> Iterator[None]:
     swap_tensors, deepcopy = torch.utils.swap_tensors, Tensor.__deepcopy__
     torch.utils.swap_tensors = _assign_data
     Tensor.__deepcopy__ = _copy_without_data  # type: ignore[method-assign]  # patched for this block
+    of_cuda = torch.device(device).type == "cuda"
     try:
-        with _DryRun():
+        with _cuda_autocast() if of_cuda else nullcontext(), _DryRun(of_cuda):
             yield
     finally:
         torch.utils.swap_tensors = swap_tensors
@@ -82,6 +93,83 @@ def _copy_without_data(tensor: Tensor, copied: dict[int, Any]) -> Tensor:
 
 def _assign_data(to: Tensor, value: Tensor) -> None:
     to.data = value.data
+
+
+# What CUDA's autocast computes in float32 and the CPU's does not: on arguments that are cast, or given the result's dtype.
+_CAST_ON_CUDA = {
+    *("layer_norm", "native_layer_norm", "group_norm", "rms_norm", "cosine_similarity", "softplus", "logsumexp", "pow"),
+    *("exp", "expm1", "log", "log10", "log2", "log1p", "rsqrt", "reciprocal", "acos", "asin", "cosh", "sinh", "tan"),
+    *(
+        "erfinv",
+        "dist",
+        "pdist",
+        "renorm",
+        "frobenius_norm",
+        "nuclear_norm",
+        "upsample_nearest1d",
+        "upsample_nearest2d",
+    ),
+    *("upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d"),
+    *("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"),
+    *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
+}
+_GIVEN_DTYPE_ON_CUDA = {
+    *("softmax", "log_softmax", "sum", "cumsum", "cumprod", "linalg_vector_norm", "linalg_matrix_norm"),
+}
+
+
+@contextmanager
+def _cuda_autocast() -> Iterator[None]:
+    """In dry runs of CUDA in this block, the CPU's autocast has the float32 list of CUDA's.
+
+    It is added where torch's own lists are, below Python: so composite operations follow it, and what a backward recomputes.
+    """
+    library = torch.library.Library("aten", "IMPL", "AutocastCPU")
+    try:
+        for op in _float32_on_cuda():
+            library.impl(op.name(), _in_float32(op), with_keyset=True)
+        yield
+    finally:
+        library._destroy()
+
+
+@functools.cache
+def _float32_on_cuda() -> list[Any]:
+    listed, has_kernel = _CAST_ON_CUDA | _GIVEN_DTYPE_ON_CUDA, torch._C._dispatch_has_kernel_for_dispatch_key
+    ops = []
+    for name in torch._C._dispatch_get_all_op_names():
+        base, _, overload = name.removeprefix("aten::").partition(".")
+        if base in listed and has_kernel(name, "AutocastCUDA") and not has_kernel(name, "AutocastCPU"):
+            ops.append(getattr(getattr(torch.ops.aten, base), overload or "default"))
+    return ops
+
+
+def _in_float32(op: Any) -> Callable[..., Any]:
+    """Autocast's rule for ``op``."""
+    gives_dtype = op._schema.name.removeprefix("aten::") in _GIVEN_DTYPE_ON_CUDA
+    dtype = [argument.name for argument in op._schema.arguments].index("dtype") if gives_dtype else -1
+
+    def rule(keys: torch.DispatchKeySet, *args: Any, **kwargs: Any) -> Any:
+        if not is_dry_run_of_cuda():  # but another thread's step
+            return op.redispatch(keys.remove(torch.DispatchKey.AutocastCPU), *args, **kwargs)
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch.DispatchKey.AutocastCPU)):
+            if not gives_dtype:
+                return op(*map(_float32, args), **{name: _float32(value) for name, value in kwargs.items()})
+            if _is_eligible(args[0]) and kwargs.get("dtype", args[dtype] if len(args) > dtype else None) is None:
+                args, kwargs = args[:dtype], {**kwargs, "dtype": torch.float32}
+            return op(*args, **kwargs)
+
+    return rule
+
+
+def _is_eligible(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point() and value.dtype is not torch.float64
+
+
+def _float32(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_float32(one) for one in value]
+    return value.float() if _is_eligible(value) else value
 
 
 class _Made(NamedTuple):
@@ -124,6 +212,10 @@ _results: dict[Any, _Made | tuple[_Made, ...] | None] = {}
 
 
 class _DryRun(FakeTensorMode):
+    def __init__(self, of_cuda: bool) -> None:
+        super().__init__()
+        self.of_cuda = of_cuda
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.prim.device.default:

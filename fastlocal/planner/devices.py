@@ -220,7 +220,7 @@ def sharings(
     counts = (1, min(8, blocks)) if objective == "end-to-end" else module_counts(devices, blocks)
     best: dict[tuple[str, tuple[int, int]], Sharing] = {}
     obstacles: dict[str, None] = {}
-    with memory.dry_run():
+    with memory.dry_run(options.get("device") or "cuda"):
         for count in counts:
             divided = Divided(model, count, objective, batch_size, **options)
             grids = [

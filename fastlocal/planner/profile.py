@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fastlocal import memory
 from fastlocal.backbones import Backbone, Part
+from fastlocal.dry_run import is_dry_run_of_cuda
 from fastlocal.geometry import Geometry
 from fastlocal.module import LocalModule
 from fastlocal.objectives import Features, Objective
@@ -105,7 +106,7 @@ class Profile:
     ) -> Cost:
         """The cost of ``part`` on inputs of geometry ``source`` and ``extra``, measured if none like it was before."""
         likewise = (about[0], tuple(structure(one) for one in about[1])) if about else None
-        key = (self.amp_dtype, source, tuple(extra), first, likewise, structure(part))
+        key = (is_dry_run_of_cuda(), self.amp_dtype, source, tuple(extra), first, likewise, structure(part))
         if key not in _known:
             _known[key] = self._measure(part, source, first, extra)
         return _known[key]

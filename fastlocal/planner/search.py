@@ -175,10 +175,11 @@ def search(
             f"image_size: the model was built for {view.image.height}×{view.image.width} images, got {image_size}."
         )
     options.setdefault("amp_dtype", torch.bfloat16)
-    foreach = torch.device(options.get("device") or "cuda").type == "cuda"
+    device = torch.device(options.get("device") or "cuda")
+    foreach = device.type == "cuda"
     card = card_named(torch.cuda.get_device_name()) if torch.cuda.is_available() else NOMINAL
     limit = memory - kept
-    with dry.dry_run():
+    with dry.dry_run(device):
         ways: list[Plan] = []
         for cut, exact in _cuts(model, batch_size, objective, foreach, options, say):
             own = list(ways_to_train(cut, card, options))

@@ -6,6 +6,7 @@ With no card each part runs what it can on the CPU, with a tiny model, and says 
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import sys
 import tempfile
@@ -99,7 +100,6 @@ def meter(output: Path, budget: float | None) -> int:
     """The dry run, the meter and the planner against torch's own counters; returns 1 if one is further off than 5 %."""
     import torch
 
-    from fastlocal import planner
     from fastlocal.memory import Meter
     from fastlocal.profiling.card.throughput import (
         Setup,
@@ -135,12 +135,9 @@ def meter(output: Path, budget: float | None) -> int:
 
     def compare(setup: Setup | None) -> dict[str, Any]:
         if setup is None:
-            plan = planner.plan(skeleton, batch_size=batch, memory=PLANNED, objective="feature", reserve=0)
-            way = {name: value for name, value in plan.arguments().items() if name not in ("objective", "modules")}
-            setup = replace(local, **{**way, "modules": plan.modules, "recompute": plan.recompute == "block"})
-            predicted = plan.peak
+            setup, predicted = planned(skeleton, local, batch)
         else:
-            predicted = memory.meter_step(skeleton, setup, batch).peak
+            predicted = memory.meter_step(skeleton, setup, batch, device).peak
         release()
         training = Training(model, setup, batch, device)
         for _ in range(2):
@@ -165,6 +162,21 @@ def meter(output: Path, budget: float | None) -> int:
         print(f"{name}: {row['error'] or ('within 5 %' if row['within'] else 'further off than 5 %')}", flush=True)
     results.show(f"\n{meter_table(campaign.rows)}")
     return int(not all(row["within"] for row in campaign.rows))
+
+
+def planned(model: Any, like: Any, batch_size: int) -> tuple[Any, int]:
+    """The set-up that the planner chooses for local objectives in `PLANNED`, otherwise as ``like``, and its peak in bytes."""
+    import torch
+
+    from fastlocal import planner
+
+    fused = functools.partial(torch.optim.AdamW, fused=True)
+    kernels = "auto" if like.kernels == "triton" else "reference"
+    plan = planner.plan(
+        model, batch_size=batch_size, memory=PLANNED, objective="feature", reserve=0, optimizer=fused, kernels=kernels
+    )
+    way = {name: value for name, value in plan.arguments().items() if name not in ("objective", "modules")}
+    return replace(like, **{**way, "modules": plan.modules, "recompute": plan.recompute == "block"}), plan.peak
 
 
 def _allocated(training: Any) -> dict[str, float]:

@@ -42,7 +42,6 @@ class Setup(memory.Setup):
     """One way to train, as `fastlocal.profiling.memory.Setup`, and how its arithmetic runs.
 
     Attributes:
-        kernels: ours: ``"reference"`` or ``"triton"``.
         compile: torch.compile, of the whole model for a rival and of each module for ours.
         cuda_graphs: of what is compiled.
         fused_attention: the value of TIMM_FUSED_ATTN that the model is built under; 1 is timm's default. At 2 Swin's
@@ -50,7 +49,6 @@ class Setup(memory.Setup):
         channels_last: a rival's weights and images.
     """
 
-    kernels: str = "reference"
     compile: bool = False
     cuda_graphs: bool = False
     fused_attention: int = 1

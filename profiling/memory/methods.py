@@ -1,7 +1,7 @@
 """How the rivals train: plain loops around a timm model, each with its best settings.
 
-All run bf16 autocast, an optimizer without temporaries (what fused AdamW is on CUDA), LayerNorm in low precision (timm's
-fast norm) and non-reentrant checkpointing of every block. FSDP2 and save_on_cpu are torch's own code. On a CPU mesh they
+All run bf16 autocast by CUDA's rules, an optimizer without temporaries (what fused AdamW is on CUDA), timm's layers as they
+come and non-reentrant checkpointing of every block. FSDP2 and save_on_cpu are torch's own code. On a CPU mesh they
 would copy nothing between host and device, because both are the CPU; here they do (`_real_copies`). What needs a card to be
 built, or packages that nothing else here needs, is modelled from its code: torchao's CPUOffloadOptimizer, the 8-bit states of
 bitsandbytes, peft's LoRA and BAdam.

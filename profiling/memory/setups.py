@@ -108,6 +108,7 @@ class Setup:
             autocast keeps no copies of the weights. Otherwise all images are there in fp32, and autocast is as it is.
         boundaries, weights, prefetch: as for `LocalTrainer`.
         method: what a rival adds to this: a name in `METHODS`, or nothing.
+        kernels: ours: ``"reference"``, timm's own attention, or ``"triton"``, the fused one.
     """
 
     family: Family
@@ -122,6 +123,7 @@ class Setup:
     boundaries: str = "device"
     weights: str = "full"
     prefetch: bool = True
+    kernels: str = "reference"
 
     @property
     def name(self) -> str:

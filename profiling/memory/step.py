@@ -21,6 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from fastlocal import LocalTrainer, memory
 from fastlocal.backbones import backbone
+from fastlocal.kernels import accelerate
 from fastlocal.memory import HOST, Kind, Meter
 from fastlocal.profiling.cli import UserError
 from fastlocal.profiling.flops import count
@@ -76,9 +77,9 @@ def measure(model: nn.Module, setup: Setup, batch_size: int) -> Result:
     )
 
 
-def meter_step(model: nn.Module, setup: Setup, batch_size: int) -> Meter:
-    """The meter of one step of ``setup`` in a dry run."""
-    with _metered(model, setup) as step:
+def meter_step(model: nn.Module, setup: Setup, batch_size: int, device: torch.device | str = "cuda") -> Meter:
+    """The meter of one step of ``setup`` in a dry run of training on ``device``."""
+    with _metered(model, setup, device) as step:
         return step(batch_size, setup.micro_batch)
 
 
@@ -92,13 +93,17 @@ def _traffic(model: nn.Module, setup: Setup) -> tuple[int, int, int]:
 
 
 @contextlib.contextmanager
-def _metered(model: nn.Module, setup: Setup) -> Iterator[Callable[[int, int | None], Meter]]:
+def _metered(
+    model: nn.Module, setup: Setup, device: torch.device | str = "cuda"
+) -> Iterator[Callable[[int, int | None], Meter]]:
     """A function from a number of samples and how many of them are a part to the meter of such a step."""
     with contextlib.ExitStack() as stack:
         if setup.method.startswith("fsdp"):
             stack.enter_context(sharding())
-        stack.enter_context(memory.dry_run())
+        stack.enter_context(memory.dry_run(device))
         copy = memory.fake_copy(model)
+        if setup.kernels == "triton":
+            accelerate(copy)  # fused ops have fakes, which need no Triton
         step, holders = _build(copy, setup)
         step(*batch(model, setup, 1), None)  # creates the optimizer states
 
@@ -116,7 +121,7 @@ def count_flops(model: nn.Module, setup: Setup, batch_size: int) -> int:
     # Neither the size of the parts nor where tensors wait changes what is computed.
     method = setup.method if setup.method in ("lora", "badam") else ""
     same = replace(setup, micro_batch=None, residency="all", tuned=False, method=method)
-    same = replace(same, boundaries="device", weights="full", prefetch=True)
+    same = replace(same, boundaries="device", weights="full", prefetch=True, kernels="reference")
     return _flops_of_two(model, same) * batch_size // 2
 
 

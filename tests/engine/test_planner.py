@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -265,3 +266,16 @@ def test_format() -> None:
 def test_bad_arguments(build: Build, options: dict, sentence: str) -> None:
     with pytest.raises(ValueError, match=sentence):
         fastlocal.plan(build("vit"), **options)
+
+
+def test_a_plan_for_a_card_follows_the_autocast_of_cuda(build: Build) -> None:
+    """Whichever is planned first: what the softmax of an attention that is not fused gives is float32 there."""
+    model = build("vit", depth=3, patch_size=4, embed_dim=32)
+    for block in model.blocks:
+        block.attn.fused_attn = False
+    options: dict[str, Any] = {"batch_size": 8, "memory": "1GiB", "objective": "end-to-end", "kernels": "reference"}
+    options["optimizer"] = functools.partial(torch.optim.AdamW, foreach=False)  # the device is the only difference
+    peaks = [fastlocal.plan(model, **options, device=device).peak for device in ("cpu", "cuda", "cpu")]
+    view = backbone(model)
+    probabilities = 4 * 8 * model.blocks[0].attn.num_heads * view.boundaries[0].shape[0] ** 2
+    assert peaks[0] == peaks[2] <= peaks[1] - 3 * probabilities

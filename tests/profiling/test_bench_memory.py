@@ -97,7 +97,7 @@ def test_the_known_rivals_of_swin_tiny() -> None:
     """Peaks in MiB at batch 64, with the 36.75 MiB of fp32 images."""
     with torch.device("meta"):
         model = timm.create_model("swin_tiny_patch4_window7_224", num_classes=10)
-    known = {(8, False): 993, (8, True): 592, (1, False): 579}
+    known = {(8, False): 1050, (8, True): 615, (1, False): 586}
     for setup in memory.rivals(64, 8):
         if not setup.tuned and (expected := known.pop((setup.micro_batch, setup.recompute), None)) is not None:
             assert meter_step(model, setup, 64).peak / MIB == pytest.approx(expected, rel=0.002)

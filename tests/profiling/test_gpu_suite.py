@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastlocal.profiling import results
+from fastlocal.profiling import memory, results
 from fastlocal.profiling.card import suite
+from fastlocal.profiling.card.throughput import Setup, baseline, create_model
 from fastlocal.profiling.kernels import timing, workloads
 from fastlocal.profiling.kernels.workloads import OURS, Provider, Workload
 
@@ -128,3 +129,14 @@ def test_training_without_its_packages_says_so(
     monkeypatch.setattr(suite.importlib.util, "find_spec", lambda name: None if name == "yaml" else find(name))
     assert suite.train(tmp_path, None) == 0
     assert "training needs yaml, which this machine does not have" in capsys.readouterr().out
+
+
+def test_the_planned_set_up_is_the_one_that_the_plan_promises(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its step in a dry run needs what the planner says."""
+    monkeypatch.setattr(suite, "PLANNED", "200MiB")
+    with torch.device("meta"):
+        model = create_model("swin_tiny_patch4_window7_224", baseline())
+    like = Setup("local", 8, True, 4, "feature", "linear", "module")
+    setup, peak = suite.planned(model, like, 8)
+    assert setup != like
+    assert memory.meter_step(model, setup, 8).peak == pytest.approx(peak, rel=0.01)
