@@ -77,7 +77,8 @@ def _paths(images: Sequence[str | Path]) -> Iterator[Path]:
 
 def _read(saved: Saved, paths: Sequence[Path]) -> Tensor:
     transform, channels = saved.preprocessing.transform(), saved.preprocessing.channels
-    return torch.stack([torch.as_tensor(transform(read_picture(path, channels)), device="cpu") for path in paths])
+    with torch.device("cpu"):
+        return torch.stack([torch.as_tensor(transform(read_picture(path, channels))) for path in paths])
 
 
 def _chosen(saved: Saved, images: Tensor, exit: int | str | None) -> tuple[Tensor, Tensor]:

@@ -49,15 +49,18 @@ def read_in_workers(
         timeout=LOOK_EVERY if workers else 0,
         worker_init_fn=_begin_worker,
     )
+    reader: Any = None
     if not workers:
-        yield from loader
+        with torch.device("cpu"):  # where the generator is, from which torch draws a seed here
+            reader = iter(loader)
+        yield from reader
         return
     on_main_thread = threading.current_thread() is threading.main_thread()
     on_child = signal.getsignal(signal.SIGCHLD) if on_main_thread and hasattr(signal, "SIGCHLD") else None
     others = set(multiprocessing.active_children())
-    reader: Any = None
     try:
-        reader = iter(loader)
+        with torch.device("cpu"):
+            reader = iter(loader)
         if on_child is not None:
             # torch's handler raises wherever the main thread is, in the middle of a step too. That a worker is gone is
             # noticed without it, where its batch is waited for.

@@ -196,3 +196,23 @@ def test_other_classes_are_refused() -> None:
     check_classes(["a", "b"], ("b",), "x")  # a subset is none
     with pytest.raises(UserError, match="labels of x are outside the model's 2 classes: 'c' is none of a, b"):
         check_classes(["a", "b"], ("a", "b", "c"), "x")
+
+
+@pytest.mark.parametrize("size", [20, 100])
+def test_the_default_device_is_the_users(tmp_path: Path, size: int) -> None:
+    """Data is read, drawn and augmented on the host, whatever `torch.set_default_device` says."""
+    _write_folder(tmp_path, size)
+
+    def training() -> list[tuple[torch.Tensor, torch.Tensor]]:
+        small = {"crop_padding": 2, "cutout": 4} if size == 20 else {}
+        split = _read("train", data=f"folder:{tmp_path}", train_limit=8, hflip=True, **small)
+        return [
+            *split.batches(training_indices(8, 4, seed=5, epoch=1), 1),
+            *split.batches([torch.tensor([1, 2], device="cpu")], None),
+        ]
+
+    expected = training()
+    with torch.device("meta"):
+        found = training()
+    for ours, theirs in zip(found, expected, strict=True):
+        assert all(map(torch.equal, ours, theirs))

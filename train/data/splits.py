@@ -7,8 +7,9 @@ the epoch reading starts.
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,7 +77,8 @@ class MemorySplit:
         from torchvision.transforms.functional import to_pil_image
 
         transform = self.preprocessing.transform()
-        return torch.stack([transform(to_pil_image(image)) for image in images])
+        with torch.device("cpu"):
+            return torch.stack([transform(to_pil_image(image)) for image in images])
 
     def mean_and_std(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Mean and standard deviation of each channel over all pixels, for images scaled to 0…1."""
@@ -142,16 +144,23 @@ class _FilesOfEpoch(torch.utils.data.Dataset[tuple[Tensor, int]]):
             return error  # raised in a worker, it would arrive wrapped in the worker's traceback
         except OSError as error:
             return UserError(f"image file {split.pictures.where(place)} cannot be read: {error.strerror or error}.")
-        if self.epoch is None:
+        with torch.device("cpu"), self._drawing(index):
             return self.transform(picture), split.labels[index]
-        with torch.random.fork_rng(devices=[]):  # timm's transforms draw from all three global generators
+
+    @contextlib.contextmanager
+    def _drawing(self, index: int) -> Iterator[None]:
+        """timm's transforms draw from all three global generators."""
+        if self.epoch is None:
+            yield
+            return
+        with torch.random.fork_rng(devices=[]):
             saved = random.getstate(), np.random.get_state()
-            seed = generator_for(split.config.optimization.seed, self.epoch, index).initial_seed()
+            seed = generator_for(self.split.config.optimization.seed, self.epoch, index).initial_seed()
             torch.manual_seed(seed)
             random.seed(seed)
             np.random.seed(seed % 2**32)
             try:
-                return self.transform(picture), split.labels[index]
+                yield
             finally:
                 random.setstate(saved[0])
                 np.random.set_state(saved[1])
