@@ -339,7 +339,7 @@ def _parts(tokens: int, outputs: int, channels: int, device: torch.device) -> in
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """``total += leftᵀ · right``, with every sum in ``total``'s dtype."""
     if total.is_cuda and total.dtype != left.dtype:
-        parts = _parts(len(left), *total.shape, total.device)
+        parts = _parts(len(left), total.shape[0], total.shape[1], total.device)
         products = torch.bmm(left.unflatten(0, (parts, -1)).mT, right.unflatten(0, (parts, -1)), out_dtype=total.dtype)
         total += products[0] if parts == 1 else products.sum(0)
     else:
