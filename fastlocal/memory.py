@@ -7,9 +7,9 @@ How bytes are counted
     are given to the `Meter`, and otherwise from the first operation that reads them.
     A fused op of fastlocal counts the scratch memory that it documents (``workspace_bytes``) beside its results, but
     not on real CPU tensors, where its reference runs in less, which nobody counts.
-    Not counted: scratch memory inside any other operation (a convolution's workspace), the allocator's rounding (512
-    bytes on CUDA) and fragmentation. On CUDA the meter reports torch's own peak beside its own, which includes the
-    first two.
+    Not counted: scratch memory inside any other operation (a convolution's workspace), that of cuBLAS, which stays
+    (`cublas_workspaces`), the allocator's rounding (512 bytes on CUDA, up to 1 MiB where a large block is not split)
+    and fragmentation. On CUDA the meter reports torch's own peak beside its own, which includes all but the last.
 
 What the kinds mean (a storage has one kind for its whole life, found out as late as necessary)
     parameters  what is used as a `torch.nn.Parameter`, and the buffers of the given modules
@@ -24,6 +24,8 @@ What the kinds mean (a storage has one kind for its whole life, found out as lat
 from __future__ import annotations
 
 import functools
+import os
+import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal, get_args
@@ -83,6 +85,24 @@ def on_host(tensor: Tensor) -> Tensor:
     whole life of the storage, so the moment between making a host copy and marking it is not counted on the device.
     """
     return _mark(tensor, _on_host, HOST)
+
+
+def cublas_workspaces(device: torch.device | str) -> int:
+    """Bytes that torch's allocator holds for cuBLAS while a model trains on ``device``; 0 where that is no CUDA device.
+
+    cuBLAS has a workspace for each thread and stream that multiplies: the main thread's and that of the backward. torch
+    takes 8.1 MiB each, and 32 MiB from compute capability 9.0 on (as where there is no card to ask), or what
+    CUBLAS_WORKSPACE_CONFIG says, and shares them with cuBLASLt. ROCm, or TORCH_CUBLASLT_UNIFIED_WORKSPACE=0, has more.
+    """
+    if torch.device(device).type != "cuda":
+        return 0
+    asked = re.findall(r":(\d+):(\d+)", os.environ.get("CUBLAS_WORKSPACE_CONFIG", ""))
+    if asked:
+        each = sum(int(kibibytes) * int(count) for kibibytes, count in asked) * 2**10
+    else:
+        large = not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (9, 0)
+        each = 32 * 2**20 if large else 2 * 4096 * 2**10 + 8 * 16 * 2**10
+    return 2 * each
 
 
 def is_on_host(tensor: Tensor) -> bool:

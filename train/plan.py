@@ -94,7 +94,7 @@ def show(found: Search, config: TrainConfig, as_json: bool) -> int:
         console.print("Plain training fits: use it.")
     console.print(f"Accuracy: {_about(chosen)}.")
     console.print(
-        f"Peak {format_bytes(chosen.peak)} of tensors, seen in a rehearsal, of {room}.\n"
+        f"Peak {format_bytes(chosen.peak)} of tensors and cuBLAS's workspaces, seen in a rehearsal, of {room}.\n"
         f"Host memory {format_bytes(chosen.host)}, bus {format_bytes(chosen.traffic)} a step.\n"
         f"Peaks marked ≈ are estimates; time is ranked for {speed}.\n"
     )

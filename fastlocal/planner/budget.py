@@ -6,7 +6,7 @@ import math
 import re
 
 # What a card's memory holds besides tensors: the CUDA context with the kernels of torch and cuBLAS (0.3 to 0.45 GiB, by card
-# and driver), cuBLAS's workspace (8 to 32 MiB) and what the caching allocator rounds up.
+# and driver) and what the caching allocator rounds up.
 RESERVE = "512MiB"
 
 _UNITS = {"B": 1, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}

@@ -54,7 +54,7 @@ class Sharing:
 
     @property
     def peak(self) -> int:
-        """Bytes of tensors on the device that needs most; an estimate."""
+        """Bytes of tensors and cuBLAS's workspaces on the device that needs most; an estimate."""
         return max(plan.peak for plan in self.plans)
 
     @property
@@ -102,7 +102,8 @@ class Divided:
         self._profile = Profile(view, options["amp_dtype"], lambda _: None)
         self._states = state_share(options.get("optimizer") or adamw)
         self._average = average_bytes(copied, options)
-        self._foreach = torch.device(options.get("device") or "cuda").type == "cuda"
+        device = torch.device(options.get("device") or "cuda")
+        self._foreach, self._workspaces = device.type == "cuda", memory.cublas_workspaces(device)
         self._batch, self._card, self._options = batch_size, card, options
         whole = self._cut(range(len(self._modules)), batch_size)
         self._whole, self.cuts = whole, whole.cuts
@@ -176,7 +177,7 @@ class Divided:
     def _cut(self, own: range, batch_size: int, buffers: int = 0) -> Cut:
         modules = [self._modules[k] for k in own]
         later = any(module.reads_image for module in self._modules[own.stop :])
-        about = (self._states, self._average, self._foreach, buffers, later)
+        about = (self._states, self._average, self._foreach, self._workspaces + buffers, later)
         return Cut(self._profile, self._objective, modules, batch_size, *about)
 
 

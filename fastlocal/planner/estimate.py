@@ -31,7 +31,7 @@ class Plan:
         batch_size: samples per step.
         micro_batch: samples per part.
         recompute, residency, boundaries, weights, prefetch: as for `LocalTrainer`.
-        peak: bytes of tensors on the device at the peak of a step.
+        peak: bytes of tensors on the device at the peak of a step, and of cuBLAS's workspaces.
         host: bytes of weights, optimizer states and boundaries in host memory.
         compute: FLOPs of a step, as a multiple of a plain end-to-end step's.
         traffic: bytes that cross the host bus per step, both ways together.
@@ -117,8 +117,8 @@ class Cut:
         states: bytes of optimizer state per byte of trained weights.
         extra: bytes on the device whatever the plan (a moving average, say), or on the host with residency="module".
         foreach: whether the optimizer steps on all parameters at once, with temporaries as large as they are.
-        buffers: bytes on the device whatever the plan: messages to and from other devices, what enters the first module
-            and images among them if that is not the model's first.
+        buffers: bytes on the device whatever the plan: cuBLAS's workspaces; messages to and from other devices, what enters
+            the first module and images among them if that is not the model's first.
         passes_images: whether a module on a later device reads the images.
     """
 

@@ -28,7 +28,8 @@ LIKE_OTHERS = 3
 
 
 def rehearse(view: Backbone, plan: Plan, options: dict[str, Any], image_dtype: torch.dtype, foreach: bool) -> int:
-    """The peak, in bytes on the device, of a step of ``plan``, of either kind if it has two. For use inside a dry run.
+    """The peak of a step of ``plan``, of either kind if it has two: bytes of tensors on the device, and of cuBLAS's
+    workspaces. For use inside a dry run.
 
     Args:
         view: of the model.
@@ -50,7 +51,8 @@ def rehearse(view: Backbone, plan: Plan, options: dict[str, Any], image_dtype: t
     own = trainer.objective.exact
     kinds = (own, True) if plan.exact_share and not own else (own,)
     peaks = [_peak(trainer, plan, images, labels, exact) for exact in kinds]
-    return _resident(trainer, missing, plan) + max(peaks)
+    workspaces = memory.cublas_workspaces(options.get("device") or "cuda")
+    return workspaces + _resident(trainer, missing, plan) + max(peaks)
 
 
 def _peak(trainer: LocalTrainer, plan: Plan, images: Tensor, labels: Tensor, exact: bool) -> int:

@@ -253,6 +253,7 @@ def _cuts(
     made_of = module_options(options)
     states = state_share(options.get("optimizer") or adamw)
     extra = average_bytes(copied, options)
+    workspaces = dry.cublas_workspaces(options.get("device") or "cuda")
     exact = OBJECTIVES["end-to-end"].name
     for name in dict.fromkeys((exact, "feature") if objective is None else (objective,)):
         if name not in OBJECTIVES:
@@ -260,7 +261,7 @@ def _cuts(
         target = OBJECTIVES[name](options.get("first_target", "image"))
         for spans in _spans(view, target.exact):
             modules = build_modules(view, spans, view.logits[-1], target, made_of)
-            about = (modules, batch_size, states, extra, foreach)
+            about = (modules, batch_size, states, extra, foreach, workspaces)
             finish = None if target.exact else Cut(profile, OBJECTIVES[exact](target.first_target), *about)
             yield Cut(profile, target, *about), finish
 

@@ -421,6 +421,23 @@ def test_a_dry_run_of_a_card_keeps_what_its_autocast_computes_in_float32(device:
         assert torch.ones(2, dtype=torch.bfloat16).softmax(0).dtype == torch.bfloat16  # real ones are left alone
 
 
+def test_cublas_has_a_workspace_in_each_of_two_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    for present, capability, each in (
+        (False, None, 32),
+        (True, (8, 6), 8.125),
+        (True, (9, 0), 32),
+        (True, (12, 0), 32),
+    ):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda present=present: present)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, capability=capability: capability)
+        assert memory.cublas_workspaces("cuda:0") == 2 * each * MIB
+    assert memory.cublas_workspaces("cpu") == 0
+    for text, kibibytes in ((":16:8", 128), (":4096:2:16:8", 8320), (":0:0", 0)):
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", text)
+        assert memory.cublas_workspaces(torch.device("cuda")) == 2 * kibibytes * 1024
+
+
 class _Log(TorchDispatchMode):
     """The operations that ran, with the dtypes of their tensors."""
 

@@ -27,6 +27,12 @@ Build = Callable[..., nn.Module]
 MIB = 2**20
 
 
+@pytest.fixture(autouse=True)
+def _no_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models here are smaller than cuBLAS's workspaces."""
+    monkeypatch.setattr(memory, "cublas_workspaces", lambda device: 0)
+
+
 def measured(model: nn.Module, batch_size: int, arguments: dict[str, Any], exact: bool = False) -> memory.Meter:
     """The meter of a whole step, the second one, when optimizer states exist. For use inside a dry run."""
     model = memory.fake_copy(model)
@@ -279,3 +285,12 @@ def test_a_plan_for_a_card_follows_the_autocast_of_cuda(build: Build) -> None:
     view = backbone(model)
     probabilities = 4 * 8 * model.blocks[0].attn.num_heads * view.boundaries[0].shape[0] ** 2
     assert peaks[0] == peaks[2] <= peaks[1] - 3 * probabilities
+
+
+def test_the_workspaces_of_cublas_are_in_every_peak(small: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of what is rehearsed and of what is estimated."""
+    without = search(small, batch_size=4, budget="1GiB")
+    monkeypatch.setattr(memory, "cublas_workspaces", lambda device: 10 * MIB)
+    found = search(small, batch_size=4, budget="1GiB")
+    for before, now in zip((*without.candidates, *without.rivals), (*found.candidates, *found.rivals), strict=True):
+        assert now.plan == replace(before.plan, peak=before.plan.peak + 10 * MIB)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from fastlocal.memory import cublas_workspaces
 from fastlocal.profiling import memory, results
 from fastlocal.profiling.card import suite
 from fastlocal.profiling.card.throughput import Setup, baseline, create_model
@@ -139,4 +140,4 @@ def test_the_planned_set_up_is_the_one_that_the_plan_promises(monkeypatch: pytes
     like = Setup("local", 8, True, 4, "feature", "linear", "module")
     setup, peak = suite.planned(model, like, 8)
     assert setup != like
-    assert memory.meter_step(model, setup, 8).peak == pytest.approx(peak, rel=0.01)
+    assert memory.meter_step(model, setup, 8).peak + cublas_workspaces("cuda") == pytest.approx(peak, rel=0.01)

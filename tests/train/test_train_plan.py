@@ -9,12 +9,19 @@ from typing import Any
 
 import pytest
 
+from fastlocal import memory
 from fastlocal.planner import NOMINAL, Candidate, Plan, Search
 from fastlocal.train import cli
 from fastlocal.train.config import OPTIONS, TrainConfig
 from fastlocal.train.plan import show
 
 MODEL = ["--model", "test_vit", "--batch-size", "8"]
+
+
+@pytest.fixture(autouse=True)
+def _no_workspaces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models here are smaller than cuBLAS's workspaces."""
+    monkeypatch.setattr(memory, "cublas_workspaces", lambda device: 0)
 
 
 def planned(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str, str]:
