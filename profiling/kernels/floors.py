@@ -120,7 +120,7 @@ def kernel(op: str, shape: str, direction: str) -> str:
         geometry = "shift 0, 24 heads" if shape.endswith("4") else "shift 3, 3 heads"
         return f"window_attention {direction}, window 7, {geometry} of 32, bfloat16"
     if op == "attention":
-        name = "forward" if direction == "forward" else "d_q, d_k and d_v, N up to 256"
+        name = "forward" if direction == "forward" else "d_k and d_v"  # the longer of two
         return f"attention {name}, head dimension 64, bfloat16"
     return f"reconstruction_loss {'loss' if direction == 'forward' else 'gradient'}, mse, {_LOSSES[shape]}, bfloat16"
 
