@@ -28,7 +28,6 @@ NORMALIZATION_EPS = 1e-6
 # to fill the card and to hide the launches, and no more (16 MiB of bfloat16 on 132 of them, 2.5 MiB on 20).
 TILE_ELEMENTS = 2**18
 TILE_ELEMENTS_PER_MULTIPROCESSOR = 2**16
-PRODUCT_SIDE = 128  # of the tile of a matrix product that one multiprocessor computes
 
 
 def reconstruction_loss(
@@ -98,9 +97,7 @@ def workspace_bytes(hidden: Tensor, weight: Tensor, target: Tensor) -> int:
     else:  # the residual, the target and the normalized target
         tile = 3 * sums * elements
     cast_weight = weight.numel() * hidden.dtype.itemsize * (weight.dtype != hidden.dtype)
-    parts = _most_parts(outputs, channels, hidden.device)
-    # The weight gradient's sum and one addend, which may itself be a sum of several.
-    return tile + cast_weight + sums * weight.numel() * (2 + parts * (parts > 1))
+    return tile + cast_weight + 2 * sums * weight.numel()  # the weight gradient's sum and one addend
 
 
 # --- Checks -----------------------------------------------------------------------------------------------------------
@@ -206,9 +203,8 @@ def _run_backward(
     needs_hidden, needs_weight, needs_bias = needed
     sums = _accumulate_dtype(hidden.dtype)
     d_hidden = torch.empty(hidden.shape if needs_hidden else 0, dtype=hidden.dtype, device=hidden.device)
-    d_weight = torch.zeros(weight.shape if needs_weight else 0, dtype=sums, device=weight.device)
-    d_bias = torch.zeros(weight.shape[0] if needs_bias else 0, dtype=sums, device=weight.device)
-    tile_gradient: Callable[..., Tensor] = _reference_gradient
+    d_weight = d_bias = None
+    tile_gradient: Callable[..., tuple[Tensor, Tensor | None]] = _reference_gradient
     if _implementation(hidden, kernels) == "triton":
         from fastlocal.kernels import reconstruction_loss_triton
 
@@ -218,7 +214,7 @@ def _run_backward(
     cast_weight = weight.to(hidden.dtype)
     patches = _patches(target, upsample)
     for tile in _tiles(hidden, weight.shape[0]):
-        gradient = tile_gradient(
+        gradient, bias_sum = tile_gradient(
             hidden[tile],
             cast_weight,
             bias,
@@ -226,13 +222,17 @@ def _run_backward(
             upstream[tile[0]],
             kind,
             normalize_target,
-            d_bias if needs_bias else None,
+            needs_bias,
         )
         if needs_hidden:
             torch.mm(gradient, cast_weight, out=d_hidden[tile].view(-1, hidden.shape[-1]))
         if needs_weight:
-            _add_product(d_weight, gradient, hidden[tile].flatten(0, 2))
-    return d_hidden, d_weight.to(weight.dtype), d_bias if bias is None else d_bias.to(bias.dtype)
+            d_weight = _add_product(d_weight, gradient, hidden[tile].flatten(0, 2), sums)
+        if bias_sum is not None:
+            d_bias = _add(d_bias, bias_sum)
+    d_weight = weight.new_empty(0) if d_weight is None else d_weight.to(weight.dtype)
+    d_bias = weight.new_empty(0) if d_bias is None or bias is None else d_bias.to(bias.dtype)
+    return d_hidden, d_weight, d_bias
 
 
 def _fake_backward(
@@ -319,31 +319,17 @@ def _tiles(hidden: Tensor, outputs: int) -> Iterator[tuple[slice, slice, slice]]
     yield from itertools.product(*ranges)
 
 
-def _most_parts(outputs: int, channels: int, device: torch.device) -> int:
-    """Into how many parts to cut the sum over the tokens in a weight's gradient, so that a small weight fills the card.
-
-    cuBLAS does not cut it with ``out_dtype``: one multiprocessor would sum over 90,000 tokens of Swin-T's first stage.
-    """
-    if device.type != "cuda":
-        return 1
-    products = -(-outputs // PRODUCT_SIDE) * -(-channels // PRODUCT_SIDE)
-    return max(1, torch.cuda.get_device_properties(device).multi_processor_count // products)
+def _add(total: Tensor | None, addend: Tensor) -> Tensor:
+    """``total += addend``; the first addend is the total, which saves two launches where there is one tile."""
+    return addend if total is None else total.add_(addend)
 
 
-def _parts(tokens: int, outputs: int, channels: int, device: torch.device) -> int:
-    """`_most_parts`, or the next number that cuts ``tokens`` into equal ones."""
-    most = min(tokens, _most_parts(outputs, channels, device))
-    return next(parts for parts in range(most, 0, -1) if tokens % parts == 0)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += leftᵀ · right``, with every sum in ``total``'s dtype."""
-    if total.is_cuda and total.dtype != left.dtype:
-        parts = _parts(len(left), total.shape[0], total.shape[1], total.device)
-        products = torch.bmm(left.unflatten(0, (parts, -1)).mT, right.unflatten(0, (parts, -1)), out_dtype=total.dtype)
-        total += products[0] if parts == 1 else products.sum(0)
-    else:
-        total.addmm_(left.t().to(total.dtype), right.to(total.dtype))
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """``total += leftᵀ · right``, with every sum in ``dtype``."""
+    if left.is_cuda and left.dtype != dtype:
+        return _add(total, torch.mm(left.t(), right, out_dtype=dtype))
+    left, right = left.t().to(dtype), right.to(dtype)
+    return left @ right if total is None else total.addmm_(left, right)
 
 
 # --- Reference: one tile in plain PyTorch -----------------------------------------------------------------------------
@@ -384,12 +370,10 @@ def _reference_gradient(
     upstream: Tensor,
     kind: str,
     normalize: bool,
-    d_bias: Tensor | None,
-) -> Tensor:
-    """The loss's gradient by the reconstruction, [tokens, r·r·Ct] in hidden's dtype, for ``upstream`` [b].
-
-    Its sum over the tokens is added to ``d_bias``.
-    """
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The loss's gradient by the reconstruction, [tokens, r·r·Ct] in hidden's dtype, for ``upstream`` [b]; if it is needed,
+    its sum over the tokens."""
     slope = _reference_residual(hidden, weight, bias, target, normalize)
     if kind == "mse":
         slope.mul_(2)
@@ -399,6 +383,4 @@ def _reference_gradient(
     else:
         slope.clamp_(-1, 1)
     slope = slope.mul_(upstream[:, None, None]).flatten(0, 1)
-    if d_bias is not None:
-        d_bias += slope.sum(0)
-    return slope.to(hidden.dtype)
+    return slope.to(hidden.dtype), slope.sum(0) if needs_bias else None

@@ -188,22 +188,18 @@ def loss_sums(
 
 def tile_gradient(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, patches: Tensor, upstream: Tensor, kind: str, normalize: bool,
-    d_bias: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """The loss's gradient by the reconstruction, [tokens, r·r·Ct] in hidden's dtype, for ``upstream`` [B].
-
-    Its sum over the tokens is added to ``d_bias``.
-    """
+    needs_bias: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The loss's gradient by the reconstruction, [tokens, r·r·Ct] in hidden's dtype, for ``upstream`` [B]; if it is needed,
+    its sum over the tokens."""
     tokens, outputs = hidden[..., 0].numel(), weight.shape[0]
     gradient = torch.empty((tokens, outputs), dtype=hidden.dtype, device=hidden.device)
     sums = None
-    if d_bias is not None:
+    if needs_bias:
         blocks = triton.cdiv(tokens, _blocks(outputs, hidden.dtype, normalize).tokens)
         sums = torch.empty((blocks, outputs), dtype=torch.float32, device=hidden.device)
     _launch(hidden, weight, bias, patches, upstream, gradient, kind, normalize, backward=True, bias_sums=sums)
-    if d_bias is not None and sums is not None:
-        d_bias += sums.sum(0)
-    return gradient
+    return gradient, None if sums is None else sums.sum(0)
 
 
 def _launch(

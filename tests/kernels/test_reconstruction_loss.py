@@ -349,7 +349,6 @@ def test_never_holds_a_tensor_as_large_as_the_reconstruction(
     kernels: Any, dtype: torch.dtype, normalize: bool, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cut_into_tiles(monkeypatch, 2**12)
-    monkeypatch.setattr(op, "PRODUCT_SIDE", 1)  # a card that even these weights fill
     inputs = problem(4, 12, 8, 12, 2, 32, dtype=dtype)
     inputs[3] = inputs[3].permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
     reconstruction = inputs[3].numel() * dtype.itemsize
