@@ -6,7 +6,8 @@ How bytes are counted
     arguments still live, as they do on a device. Tensors that existed before the step count from the start if they
     are given to the `Meter`, and otherwise from the first operation that reads them.
     A fused op of fastlocal counts the scratch memory that it documents (``workspace_bytes``) beside its results, but
-    not on real CPU tensors, where its reference runs in less, which nobody counts.
+    not on real CPU tensors, where its reference runs in less, which nobody counts. So do torch's sums and means over
+    rows if a card is given whose kernels run (`reduction_scratch`): the gradients of biases are such.
     Not counted: scratch memory inside any other operation (a convolution's workspace), that of cuBLAS, which stays
     (`cublas_workspaces`), the allocator's rounding (512 bytes on CUDA, up to 1 MiB where a large block is not split)
     and fragmentation. On CUDA the meter reports torch's own peak beside its own, which includes all but the last.
@@ -24,10 +25,11 @@ What the kinds mean (a storage has one kind for its whole life, found out as lat
 from __future__ import annotations
 
 import functools
+import math
 import os
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -57,6 +59,9 @@ _SCRATCH: dict[str, Callable[..., int]] = {
         hidden, weight, target
     ),
 }
+
+# Torch's reductions whose CUDA kernels take scratch memory, from the tensor and the dimensions.
+_REDUCTIONS = (torch.ops.aten.sum.dim_IntList, torch.ops.aten.mean.dim)
 
 # The operations that copy between devices.
 _COPIES = (torch.ops.aten.copy_.default, torch.ops.aten.clone.default, torch.ops.aten._to_copy.default)
@@ -105,6 +110,20 @@ def cublas_workspaces(device: torch.device | str) -> int:
     return 2 * each
 
 
+def reduction_scratch(x: Tensor, dims: Sequence[int] | None, card: torch.device) -> int:
+    """Bytes that a CUDA kernel of torch takes and gives back for the sum of ``x`` over ``dims``, its last one kept.
+
+    Partial sums, which torch places as if every thread had all of its block's (aten/src/ATen/native/cuda/Reduce.cuh): eight
+    bytes per element, up to as many as fill the card. On an H100, 73.5 MiB for [25088, 384], the widest layer of Swin-T's
+    first stage with 8 images.
+    """
+    reduced = {dim % x.ndim for dim in dims or ()}
+    if not reduced or x.ndim - 1 in reduced or math.prod(x.shape[dim] for dim in reduced) < 64:
+        return 0
+    properties = torch.cuda.get_device_properties(card)
+    return min(8 * x.numel(), 512 * properties.max_threads_per_multi_processor * properties.multi_processor_count)
+
+
 def is_on_host(tensor: Tensor) -> bool:
     """Whether `on_host` has marked the storage of ``tensor``."""
     return any(storage in _on_host for storage in _storages(tensor))
@@ -143,18 +162,25 @@ class Meter(TorchDispatchMode):
         given: modules, optimizers and tensors that exist before the block, counted from its start.
         device: the device whose bytes `peak` and the other readings mean by default. None takes the accelerator that
             the given tensors are on, or the CPU if there is none: name it where all of them wait on the host.
+        card: a CUDA device of this machine that a dry run stands for. Default: ``device``, if it is one.
 
     Attributes:
         torch_peak: on CUDA, ``torch.cuda.max_memory_allocated`` of the block in bytes; None elsewhere.
         traffic: bytes copied from one device, or pool, to another: what crosses the bus, both ways together.
     """
 
-    def __init__(self, *given: nn.Module | torch.optim.Optimizer | Tensor, device: torch.device | str | None = None):
+    def __init__(
+        self,
+        *given: nn.Module | torch.optim.Optimizer | Tensor,
+        device: torch.device | str | None = None,
+        card: torch.device | None = None,
+    ):
         super().__init__()
         devices = (tensor.device for tensor, _ in _given_tensors(given))
         self.device = torch.device(device or next((one for one in devices if one.type != "cpu"), "cpu"))
         if self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
+        self.card = card or (self.device if self.device.type == "cuda" else None)
         self.torch_peak: int | None = None
         self.traffic = 0
         self._given = given
@@ -295,13 +321,20 @@ class Meter(TorchDispatchMode):
             copied = args[1] if func is torch.ops.aten.copy_.default else args[0]
             if self._pool(copied) != self._pool(result):
                 self.traffic += copied.nbytes
-        if func.namespace == "fastlocal" and (scratch := _SCRATCH.get(func._schema.name)) is not None:
-            if args[0].device.type == "cpu" and not is_dry_run():
-                return result  # the reference runs here, without the kernel's scratch memory
+        if scratch := self._scratch(func, args):
             record = _Record(str(args[0].device), "temporary")
-            self._count(record, scratch(*args))
+            self._count(record, scratch)
             self._count(record, 0)
         return result
+
+    def _scratch(self, func: Any, args: tuple[Any, ...]) -> int:
+        """Bytes that ``func`` allocates and frees inside."""
+        if func in _REDUCTIONS:
+            return 0 if self.card is None else reduction_scratch(args[0], args[1], self.card)
+        documented = _SCRATCH.get(func._schema.name) if func.namespace == "fastlocal" else None
+        if documented is None or (args[0].device.type == "cpu" and not is_dry_run()):
+            return 0  # real CPU tensors: the reference runs, without the kernel's scratch memory
+        return documented(*args)
 
     def _see(self, tensor: Tensor, kind: Kind | None, made: bool = False) -> None:
         """Count the storage of ``tensor`` if it is new or was resized; ``kind`` says what it is for, if known."""

@@ -29,7 +29,7 @@ LIKE_OTHERS = 3
 
 def rehearse(view: Backbone, plan: Plan, options: dict[str, Any], image_dtype: torch.dtype, foreach: bool) -> int:
     """The peak of a step of ``plan``, of either kind if it has two: bytes of tensors on the device, and of cuBLAS's
-    workspaces. For use inside a dry run.
+    workspaces; of the scratch memory of sums too, where the card is at hand. For use inside a dry run.
 
     Args:
         view: of the model.
@@ -50,17 +50,21 @@ def rehearse(view: Backbone, plan: Plan, options: dict[str, Any], image_dtype: t
     labels = torch.empty(batch, dtype=torch.int64, device="cpu")
     own = trainer.objective.exact
     kinds = (own, True) if plan.exact_share and not own else (own,)
-    peaks = [_peak(trainer, plan, images, labels, exact) for exact in kinds]
-    workspaces = memory.cublas_workspaces(options.get("device") or "cuda")
+    device = torch.device(options.get("device") or "cuda")
+    card = device if device.type == "cuda" and torch.cuda.is_available() else None
+    peaks = [_peak(trainer, plan, images, labels, exact, card) for exact in kinds]
+    workspaces = memory.cublas_workspaces(device)
     return workspaces + _resident(trainer, missing, plan) + max(peaks)
 
 
-def _peak(trainer: LocalTrainer, plan: Plan, images: Tensor, labels: Tensor, exact: bool) -> int:
+def _peak(
+    trainer: LocalTrainer, plan: Plan, images: Tensor, labels: Tensor, exact: bool, card: torch.device | None
+) -> int:
     """The peak of a step on the shortened model, and of boundaries between modules that were taken out."""
     given: list[Any] = [trainer.model, *(module.heads for module in trainer.modules), *trainer.optimizers]
     given += [trainer.ema.module] if trainer.ema is not None else []
     first: list[int] = []  # the number of the event before each time module 1 is on the device
-    with memory.Meter(*given, images, labels) as meter, _noting(trainer, meter, first):
+    with memory.Meter(*given, images, labels, card=card) as meter, _noting(trainer, meter, first):
         trainer.step(images, labels, exact=exact)
     more = plan.batch_size / len(images) - 1  # of what scales with the batch: the rest repeats from part to part
     boundary = math.prod(trainer.backbone.boundaries[-1].shape) * (trainer.engine.amp_dtype or torch.float32).itemsize

@@ -78,7 +78,8 @@ def measure(model: nn.Module, setup: Setup, batch_size: int) -> Result:
 
 
 def meter_step(model: nn.Module, setup: Setup, batch_size: int, device: torch.device | str = "cuda") -> Meter:
-    """The meter of one step of ``setup`` in a dry run of training on ``device``."""
+    """The meter of one step of ``setup`` in a dry run of training on ``device``, which is one of this machine's if it has a
+    number."""
     with _metered(model, setup, device) as step:
         return step(batch_size, setup.micro_batch)
 
@@ -106,10 +107,12 @@ def _metered(
             accelerate(copy)  # fused ops have fakes, which need no Triton
         step, holders = _build(copy, setup)
         step(*batch(model, setup, 1), None)  # creates the optimizer states
+        where = torch.device(device)
+        card = where if where.type == "cuda" and where.index is not None else None
 
         def metered(samples: int, micro_batch: int | None) -> Meter:
             images, labels = batch(model, setup, samples)
-            with Meter(copy, *holders, images, labels) as meter:
+            with Meter(copy, *holders, images, labels, card=card) as meter:
                 step(images, labels, micro_batch)
             return meter
 
