@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlocal.kernels import dispatch
-from fastlocal.kernels.cases import CompileCase, warps_on
+from fastlocal.kernels.cases import CompileCase, cdiv, next_power_of_2, warps_on
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -422,7 +422,7 @@ HEAD_DIMS = (64, 128, 256)  # of the rows
 
 def _head_blocks(queries: int, head_dim: int, dtype: torch.dtype, has_bias: bool) -> Blocks | None:
     """For the kernel that holds a head's every query, or None where they do not fit the registers."""
-    block = max(32, triton.next_power_of_2(queries))
+    block = max(32, next_power_of_2(queries))
     # On an H100, 256 queries of 64 channels at a time are half as fast again in the two kernels that share the work.
     widest = 64 if dtype == torch.float32 else 128 if has_bias or head_dim > 32 else 256
     if head_dim > 64 or block > widest:
@@ -447,7 +447,7 @@ def _constants(blocks: Blocks, head_dim: int, dtype: torch.dtype) -> dict[str, i
     return {
         "UPCAST": dispatch.interpreting() and dtype == torch.bfloat16,  # interpreted bfloat16 products are wrong
         "HEAD_DIM": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),  # a product needs 16
+        "BLOCK_D": max(16, next_power_of_2(head_dim)),  # a product needs 16
         "BLOCK_Q": blocks.queries,
         "BLOCK_K": blocks.keys,
     }
@@ -495,7 +495,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, 
     unit, strides = _strides(q, k, v)
     statistics = torch.empty((2, batch, heads, queries), dtype=torch.float32, device=q.device)
     blocks = _blocks(FORWARD, head_dim, q.dtype, has_bias)
-    _forward_kernel[(triton.cdiv(queries, blocks.queries) * batch * heads,)](
+    _forward_kernel[(cdiv(queries, blocks.queries) * batch * heads,)](
         q, k, v, bias, out, *statistics, scale, heads, queries, k.shape[2], *strides, *bias_strides,
         HAS_BIAS=has_bias, SHARED_BY=heads // k.shape[1], UNIT=unit, **_constants(blocks, head_dim, q.dtype),
         num_warps=warps_on(q.device, blocks.num_warps), num_stages=blocks.num_stages,
@@ -549,13 +549,13 @@ def _backward_of_every_head(
 
     delta = torch.empty_like(statistics[0])
     blocks = _blocks(QUERY, head_dim, q.dtype, has_bias)
-    _query_gradient_kernel[(triton.cdiv(queries, blocks.queries) * batch * heads,)](
+    _query_gradient_kernel[(cdiv(queries, blocks.queries) * batch * heads,)](
         d_out, q, k, v, bias, out, *statistics, delta, d_q, scale, *sizes,
         HAS_BIAS=has_bias, SHARED_BY=shared_by, UNIT=unit, **_constants(blocks, head_dim, q.dtype),
         num_warps=warps_on(q.device, blocks.num_warps), num_stages=blocks.num_stages,
     )  # fmt: skip
     blocks = _blocks(KEY, head_dim, q.dtype, has_bias)
-    _key_gradient_kernel[(triton.cdiv(keys, blocks.keys) * batch * heads,)](
+    _key_gradient_kernel[(cdiv(keys, blocks.keys) * batch * heads,)](
         d_out, q, k, v, bias, *statistics, delta, d_k, d_v, scale, *sizes,
         HAS_BIAS=has_bias, SHARED_BY=shared_by, UNIT=unit, **_constants(blocks, head_dim, q.dtype),
         num_warps=warps_on(q.device, blocks.num_warps), num_stages=blocks.num_stages,
@@ -563,7 +563,7 @@ def _backward_of_every_head(
     if not needs_bias:
         return
     blocks = _blocks(BIAS, head_dim, q.dtype, has_bias)
-    tiles = triton.cdiv(queries, blocks.queries) * triton.cdiv(keys, blocks.keys)
+    tiles = cdiv(queries, blocks.queries) * cdiv(keys, blocks.keys)
     partial = _partial_sums(d_bias, q, keys, programs=heads * tiles)
     _bias_gradient_kernel[(len(partial) * tiles,)](
         d_out, q, k, v, bias, *statistics, delta, partial, scale, batch * heads, len(partial), *sizes,
@@ -577,7 +577,7 @@ def _partial_sums(d_bias: Tensor, q: Tensor, keys: int, programs: int) -> Tensor
     """[parts of the batch · heads, N, M]: as many parts as fill the card, ``programs`` to each; one per sample if the
     samples have biases of their own."""
     batch, heads, queries, _ = q.shape
-    parts = batch if len(d_bias) > 1 else min(batch, triton.cdiv(_processors(q.device), programs))
+    parts = batch if len(d_bias) > 1 else min(batch, cdiv(_processors(q.device), programs))
     return torch.empty((parts * heads, queries, keys), dtype=torch.float32, device=q.device)
 
 

@@ -27,6 +27,19 @@ class CompileCase:
     has_dot: bool  # needs tensor cores, so compute capability 8.0
 
 
+# Triton's functions of these names take microseconds a call on the host, and an op calls a dozen.
+
+
+def cdiv(number: int, by: int) -> int:
+    """The quotient, rounded up."""
+    return -(-number // by)
+
+
+def next_power_of_2(number: int) -> int:
+    """The smallest power of 2 that is not less than ``number``, which is positive."""
+    return 1 << (number - 1).bit_length()
+
+
 WIDE_WARP = 64  # lanes of a wavefront on AMD's CDNA; every other card has 32
 
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlocal.kernels import dispatch
-from fastlocal.kernels.cases import CompileCase, warps_on
+from fastlocal.kernels.cases import CompileCase, cdiv, warps_on
 
 EPS: tl.constexpr = tl.constexpr(1e-6)
 
@@ -178,7 +178,7 @@ def loss_sums(
 ) -> Tensor:
     """The loss of each sample's tokens, summed: [B]. ``patches`` is the target as [B, h, w, r, r, Ct]."""
     outputs = weight.shape[0]
-    blocks = triton.cdiv(outputs, _blocks(outputs, hidden.dtype, normalize).outputs)
+    blocks = cdiv(outputs, _blocks(outputs, hidden.dtype, normalize).outputs)
     losses = torch.empty(
         (blocks, hidden.shape[0], hidden[0, ..., 0].numel()), dtype=torch.float32, device=hidden.device
     )
@@ -196,7 +196,7 @@ def tile_gradient(
     gradient = torch.empty((tokens, outputs), dtype=hidden.dtype, device=hidden.device)
     sums = None
     if needs_bias:
-        blocks = triton.cdiv(tokens, _blocks(outputs, hidden.dtype, normalize).tokens)
+        blocks = cdiv(tokens, _blocks(outputs, hidden.dtype, normalize).tokens)
         sums = torch.empty((blocks, outputs), dtype=torch.float32, device=hidden.device)
     _launch(hidden, weight, bias, patches, upstream, gradient, kind, normalize, backward=True, bias_sums=sums)
     return gradient, None if sums is None else sums.sum(0)
@@ -212,7 +212,7 @@ def _launch(
     if normalize:
         positions = tokens * upsample**2
         mean, rstd = (torch.empty(positions, dtype=torch.float32, device=hidden.device) for _ in range(2))
-        _statistics_kernel[(triton.cdiv(positions, STATISTICS["BLOCK_POSITIONS"]),)](
+        _statistics_kernel[(cdiv(positions, STATISTICS["BLOCK_POSITIONS"]),)](
             patches, mean, rstd, tokens, height, width, *patches.stride(),
             UPSAMPLE=upsample, TARGET_CHANNELS=target_channels, **STATISTICS,
         )  # fmt: skip
@@ -220,7 +220,7 @@ def _launch(
     strides = (hidden.shape[-1], *hidden.stride()[:3])
     unit = 8 if all(stride % 8 == 0 for stride in strides) else 1
     blocks = _blocks(weight.shape[0], hidden.dtype, normalize)
-    _residual_kernel[(triton.cdiv(tokens, blocks.tokens) * triton.cdiv(weight.shape[0], blocks.outputs),)](
+    _residual_kernel[(cdiv(tokens, blocks.tokens) * cdiv(weight.shape[0], blocks.outputs),)](
         hidden, weight.contiguous(), out if bias is None else bias.contiguous(), patches, mean, rstd, upstream,
         out if bias_sums is None else bias_sums, out,
         tokens, height, width, *(stride // unit for stride in strides), *patches.stride(),

@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlocal.kernels import dispatch
-from fastlocal.kernels.cases import CompileCase, warps_on
+from fastlocal.kernels.cases import CompileCase, cdiv, next_power_of_2, warps_on
 
 SUM_BLOCKS = {"BLOCK_ENTRIES": 16, "BLOCK_N": 64}  # of `_sum_by_relative_position`
 
@@ -493,7 +493,7 @@ def _in_tiles(tokens: int, head_dim: int) -> bool:
 
 def _blocks(kernel: Any, tokens: int, head_dim: int, dtype: torch.dtype) -> _Blocks:
     """Chosen so that 16-bit tensors spill no register on any supported card; the compile report checks it."""
-    row = max(16, triton.next_power_of_2(tokens))
+    row = max(16, next_power_of_2(tokens))
     if dtype == torch.float32:  # no tensor cores, twice the bytes
         side = min(row, 64)
         return _Blocks(side, side, num_warps=1 if side == 16 else 8, num_stages=1, resident=1)
@@ -524,14 +524,14 @@ def _constants(
         "COSINE": cosine,
         "BLOCK_M": blocks.queries,
         "BLOCK_N": blocks.keys,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)),
+        "BLOCK_D": max(16, next_power_of_2(head_dim)),
         "UPCAST": dispatch.interpreting(),
     }
 
 
 def _grid(kernel: Any, blocks: _Blocks, qkv: Tensor, num_heads: int, tokens: int) -> tuple[int, int, int]:
     """Heads, slices of the windows, and tiles of a window."""
-    rows, columns = triton.cdiv(tokens, blocks.queries), triton.cdiv(tokens, blocks.keys)
+    rows, columns = cdiv(tokens, blocks.queries), cdiv(tokens, blocks.keys)
     tiles = rows * columns if kernel is _backward_bias else columns if kernel is _backward_keys else rows
     windows = qkv[..., 0].numel() // tokens
     return num_heads, _slices(qkv.device, windows, num_heads * tiles, blocks.resident), tiles
@@ -540,8 +540,8 @@ def _grid(kernel: Any, blocks: _Blocks, qkv: Tensor, num_heads: int, tokens: int
 def _slices(device: torch.device, windows: int, programs: int, resident: int) -> int:
     """How many times ``programs`` fill the card, each with as many windows as the next one."""
     processors = 4 if device.type == "cpu" else _processors(device)
-    slices = min(windows, triton.cdiv(processors * resident, programs))
-    return triton.cdiv(windows, triton.cdiv(windows, slices))
+    slices = min(windows, cdiv(processors * resident, programs))
+    return cdiv(windows, cdiv(windows, slices))
 
 
 @functools.cache
@@ -603,7 +603,7 @@ def backward(
     for_queries = cut(_backward_queries if in_tiles else _backward)
     for_bias = cut(_backward_bias) if in_tiles else for_queries
     _, slices, tiles = for_queries[2]
-    pitch = triton.cdiv(tokens, for_bias[1].keys) * for_bias[1].keys
+    pitch = cdiv(tokens, for_bias[1].keys) * for_bias[1].keys
     d_qkv = torch.empty_like(qkv)
     # A sum for each slice of the windows. What is not needed stands for nothing, but a launch needs pointers.
     d_bias = qkv.new_empty((for_bias[2][1] if needs_table else 0, num_heads, tokens, pitch), dtype=torch.float32)
@@ -620,7 +620,7 @@ def backward(
 
     d_table = torch.empty(bias_table.shape if needs_table else 0, dtype=bias_table.dtype, device=bias_table.device)
     if needs_table:
-        _sum_by_relative_position[(num_heads, triton.cdiv(len(bias_table), SUM_BLOCKS["BLOCK_ENTRIES"]))](
+        _sum_by_relative_position[(num_heads, cdiv(len(bias_table), SUM_BLOCKS["BLOCK_ENTRIES"]))](
             d_bias.sum(0), d_table, WINDOW=window, HEADS=num_heads, PITCH=pitch, **SUM_BLOCKS, num_warps=4, num_stages=1
         )
     return d_qkv, d_table, d_scale.sum(0) if cosine else d_scale.flatten()
