@@ -99,22 +99,20 @@ def _assign_data(to: Tensor, value: Tensor) -> None:
 _CAST_ON_CUDA = {
     *("layer_norm", "native_layer_norm", "group_norm", "rms_norm", "cosine_similarity", "softplus", "logsumexp", "pow"),
     *("exp", "expm1", "log", "log10", "log2", "log1p", "rsqrt", "reciprocal", "acos", "asin", "cosh", "sinh", "tan"),
-    *(
-        "erfinv",
-        "dist",
-        "pdist",
-        "renorm",
-        "frobenius_norm",
-        "nuclear_norm",
-        "upsample_nearest1d",
-        "upsample_nearest2d",
-    ),
+    *("erfinv", "dist", "pdist", "renorm", "frobenius_norm", "nuclear_norm"),
+    *("upsample_nearest1d", "upsample_nearest2d"),
     *("upsample_nearest3d", "upsample_linear1d", "upsample_bilinear2d", "upsample_trilinear3d", "upsample_bicubic2d"),
     *("_upsample_nearest_exact1d", "_upsample_nearest_exact2d", "_upsample_nearest_exact3d"),
     *("_upsample_bilinear2d_aa", "_upsample_bicubic2d_aa"),
 }
 _GIVEN_DTYPE_ON_CUDA = {
-    *("softmax", "log_softmax", "sum", "cumsum", "cumprod", "linalg_vector_norm", "linalg_matrix_norm"),
+    "softmax",
+    "log_softmax",
+    "sum",
+    "cumsum",
+    "cumprod",
+    "linalg_vector_norm",
+    "linalg_matrix_norm",
 }
 
 
