@@ -172,12 +172,15 @@ def _as_on_a_card(batch: int, pieces: int) -> Iterator[list[int]]:
         size = -(-len(hidden) // pieces)
         return ((slice(i, i + size), slice(None), slice(None)) for i in range(0, len(hidden), size))
 
+    def add_product(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+        return reconstruction_loss._add(total, _mm_float32(left.t(), right))
+
     with (
         patch.object(window_attention, "_slices", cut_windows),
         patch.object(window_attention, "_processors", lambda device: MULTIPROCESSORS),
         patch.object(reconstruction_loss, "_tiles", cut_samples),
         patch.object(reconstruction_loss, "_tile_tokens", tile_tokens),
-        patch.object(reconstruction_loss, "_add_product", lambda total, a, b: total.add_(_mm_float32(a.t(), b))),
+        patch.object(reconstruction_loss, "_add_product", add_product),
     ):
         yield on_card
 
