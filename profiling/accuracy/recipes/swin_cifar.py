@@ -1,7 +1,7 @@
 """The reference study: a 32-pixel Swin on CIFAR-10 (JPEG q75), K=4, local learning against exact gradients.
 
-Result, seed 0 (one seed, so nothing is claimed): `end-to-end` 64.6 % at 1.25 times the FLOPs of plain training, `feature` with
-the last 20 % of the epochs exact 65.1 % at 1.10, with the last 40 % 66.5 % at 1.13. Rows and table:
+Result, seed 0 (one seed, so nothing is claimed): `end-to-end` 64.6 % at 1.25 times the FLOPs of plain training, `feature`
+64.2 % at 1.06, with the last 20 % of its epochs exact 65.1 % at 1.10, with the last 40 % 66.5 % at 1.13. Rows and table:
 `profiling/results/accuracy/swin_cifar.md`.
 Time: 63 minutes per run of 30 epochs on one idle core without bf16 units (fp32, 158 images/s), 26 with them (--amp; without
 them bf16 takes ten times as long as fp32). 14 variants and 3 seeds: 42 runs, seed by seed. Processes may share the work by
