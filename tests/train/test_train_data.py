@@ -205,7 +205,7 @@ def test_the_default_device_is_the_users(tmp_path: Path, size: int) -> None:
 
     def training() -> list[tuple[torch.Tensor, torch.Tensor]]:
         small = {"crop_padding": 2, "cutout": 4} if size == 20 else {}
-        split = _read("train", data=f"folder:{tmp_path}", train_limit=8, hflip=True, **small)
+        split = _read("train", data=f"folder:{tmp_path}", train_limit=8, hflip=True, workers=0, **small)
         return [
             *split.batches(training_indices(8, 4, seed=5, epoch=1), 1),
             *split.batches([torch.tensor([1, 2], device="cpu")], None),
