@@ -4,7 +4,7 @@ Result, seed 0 (one seed, so nothing is claimed): `end-to-end` 64.6 % at 1.25 ti
 64.2 % at 1.06, with the last 20 % of its epochs exact 65.1 % at 1.10, with the last 40 % 66.5 % at 1.13. Rows and table:
 `profiling/results/accuracy/swin_cifar.md`.
 Time: 63 minutes per run of 30 epochs on one idle core without bf16 units (fp32, 158 images/s), 26 with them (--amp; without
-them bf16 takes ten times as long as fp32). 14 variants and 3 seeds: 42 runs, seed by seed. Processes may share the work by
+them it computes in fp32). 14 variants and 3 seeds: 42 runs, seed by seed. Processes may share the work by
 --seeds or --variants; what has a row or a run folder is not trained again.
 Command, with 2,000 images per class under data/cifar10-jpeg/train/CLASS and 500 under data/cifar10-jpeg/val/CLASS:
 
