@@ -24,6 +24,8 @@ from fastlocal.slab import Slab
 
 # Elements of a slice: 4 MiB of fp32 for the weights and as much for each state, twice, since the next one is on its way.
 SLICE = 2**20
+# Slices of a module, before all others are like them and hold less.
+LIKE_OTHERS = 3
 
 ELEMENTWISE: frozenset[type[torch.optim.Optimizer]] = frozenset(
     {
@@ -85,7 +87,8 @@ class HostedOptimizer:
         slabs: the slab of each of its parameters.
 
     Attributes:
-        most_slices: step on no more than so many slices, of an elementwise optimizer: a dry run's, which wants no values.
+        slice_size: elements of a slice.
+        most_slices: step on no more than so many, of an elementwise optimizer. Both are for dry runs, which want no values.
 
     Raises:
         ValueError: the optimizer needs all gradients at once.
@@ -96,6 +99,7 @@ class HostedOptimizer:
         self._slabs = slabs
         self._bus = bus
         self._elementwise = type(optimizer) in ELEMENTWISE
+        self.slice_size = SLICE
         self.most_slices: int | None = None
         if isinstance(optimizer, timm.optim.Lamb) and any(g["max_grad_norm"] for g in optimizer.param_groups):
             raise ValueError(
@@ -172,11 +176,11 @@ class HostedOptimizer:
         ordered = sorted(parameters, key=lambda p: (id(self._slabs[p]), self._slabs[p].offsets[p]))
         for parameter in ordered:
             slab, size = self._slabs[parameter], parameter.numel()
-            length = SLICE if self._elementwise else size
+            length = self.slice_size if self._elementwise else size
             for start in range(0, size, length):
                 piece = _Piece(parameter, start, min(start + length, size), slab.offsets[parameter] + start)
                 last = slices[-1] if slices and slices[-1].slab is slab else None
-                joins = last is not None and piece.end - last.start <= SLICE
+                joins = last is not None and piece.end - last.start <= self.slice_size
                 if last is not None and joins and last.low == _Slice(slab, [piece]).low:
                     last.pieces.append(piece)
                 else:

@@ -12,6 +12,7 @@ fp32 either way. The copies themselves are made by `fastlocal.bus.Bus`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,7 +23,7 @@ from torch import nn
 
 from fastlocal.bus import Bus
 from fastlocal.checks import check_choice
-from fastlocal.hosted import HostedOptimizer
+from fastlocal.hosted import LIKE_OTHERS, SLICE, HostedOptimizer
 from fastlocal.module import LocalModule
 from fastlocal.slab import Slab, lay_out
 
@@ -153,11 +154,15 @@ class Residency:
         if hosted is not None:
             hosted.park()
 
-    def rehearse_slices(self, count: int) -> None:
-        """For dry runs that are about peaks: step on ``count`` slices of a module where the others are like them."""
-        for hosted in self._hosted:
-            if hosted is not None:
-                hosted.most_slices = count
+    def rehearse_peaks(self) -> None:
+        """For dry runs that are about peaks: step on the first slices of a module where the others are like them."""
+        for hosted in filter(None, self._hosted):
+            hosted.slice_size, hosted.most_slices = SLICE, LIKE_OTHERS
+
+    def rehearse_traffic(self) -> None:
+        """For dry runs that are not about peaks: a module is one slice, and as much crosses the bus."""
+        for hosted in filter(None, self._hosted):
+            hosted.slice_size, hosted.most_slices = sys.maxsize, None
 
     def release(self) -> None:
         """Bring everything to the device for good, so that another `Residency` may take over."""

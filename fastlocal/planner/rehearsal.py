@@ -23,9 +23,6 @@ from fastlocal.planner.estimate import Plan
 from fastlocal.planner.profile import structure
 from fastlocal.trainer import LocalTrainer
 
-# Slices of a module that an elementwise optimizer steps on, before all others are like them and hold less.
-LIKE_OTHERS = 3
-
 
 def rehearse(view: Backbone, plan: Plan, options: dict[str, Any], image_dtype: torch.dtype, foreach: bool) -> int:
     """The peak of a step of ``plan``, of either kind if it has two: bytes of tensors on the device, and of cuBLAS's
@@ -43,7 +40,7 @@ def rehearse(view: Backbone, plan: Plan, options: dict[str, Any], image_dtype: t
         copied, **{**plan.arguments(), **options, "modules": cuts, "device": "cpu", "kernels": "reference"}
     )
     _make_states(trainer, foreach)
-    trainer.residency.rehearse_slices(LIKE_OTHERS)
+    trainer.residency.rehearse_peaks()
     parts = min(2, -(-plan.batch_size // plan.micro_batch))
     batch = min(parts * plan.micro_batch, plan.batch_size)
     images = torch.empty(batch, *trainer.backbone.image.shape, dtype=image_dtype, device="cpu")

@@ -27,6 +27,7 @@ from fastlocal.profiling.cli import UserError
 from fastlocal.profiling.flops import count
 from fastlocal.profiling.memory.methods import RIVALS, sharding
 from fastlocal.profiling.memory.setups import CLASSES, Setup
+from fastlocal.residency import Residency
 
 TIMELINE_POINTS = 500
 
@@ -80,14 +81,16 @@ def measure(model: nn.Module, setup: Setup, batch_size: int) -> Result:
 def meter_step(model: nn.Module, setup: Setup, batch_size: int, device: torch.device | str = "cuda") -> Meter:
     """The meter of one step of ``setup`` in a dry run of training on ``device``, which is one of this machine's if it has a
     number."""
-    with _metered(model, setup, device) as step:
+    with _metered(model, setup, device) as (step, residency):
+        if residency is not None:
+            residency.rehearse_peaks()
         return step(batch_size, setup.micro_batch)
 
 
 @functools.cache
 def _traffic(model: nn.Module, setup: Setup) -> tuple[int, int, int]:
     """Bytes over the bus once per step, for each sample and for each part; neither parts nor prefetching change these."""
-    with _metered(model, setup) as step:
+    with _metered(model, setup) as (step, _):
         one, two, halves = (step(*of).traffic for of in ((1, 1), (2, 2), (2, 1)))
     per_sample, per_part = two - one, halves - two
     return one - per_sample - per_part, per_sample, per_part
@@ -96,8 +99,9 @@ def _traffic(model: nn.Module, setup: Setup) -> tuple[int, int, int]:
 @contextlib.contextmanager
 def _metered(
     model: nn.Module, setup: Setup, device: torch.device | str = "cuda"
-) -> Iterator[Callable[[int, int | None], Meter]]:
-    """A function from a number of samples and how many of them are a part to the meter of such a step."""
+) -> Iterator[tuple[Callable[[int, int | None], Meter], Residency | None]]:
+    """A function from a number of samples and how many of them are a part to the meter of such a step, which is not about its
+    peak unless the residency, given beside it for ours, is told so."""
     with contextlib.ExitStack() as stack:
         if setup.method.startswith("fsdp"):
             stack.enter_context(sharding())
@@ -105,7 +109,9 @@ def _metered(
         copy = memory.fake_copy(model)
         if setup.kernels == "triton":
             accelerate(copy)  # fused ops have fakes, which need no Triton
-        step, holders = _build(copy, setup)
+        step, holders, residency = _build(copy, setup)
+        if residency is not None:
+            residency.rehearse_traffic()
         step(*batch(model, setup, 1), None)  # creates the optimizer states
         where = torch.device(device)
         card = where if where.type == "cuda" and where.index is not None else None
@@ -116,7 +122,7 @@ def _metered(
                 step(images, labels, micro_batch)
             return meter
 
-        yield metered
+        yield metered, residency
 
 
 def count_flops(model: nn.Module, setup: Setup, batch_size: int) -> int:
@@ -131,13 +137,13 @@ def count_flops(model: nn.Module, setup: Setup, batch_size: int) -> int:
 @functools.cache
 def _flops_of_two(model: nn.Module, setup: Setup) -> int:
     with memory.dry_run():
-        step, _ = _build(memory.fake_copy(model), setup)
+        step, *_ = _build(memory.fake_copy(model), setup)
         images, labels = batch(model, setup, 2)
         return count(lambda: step(images, labels, None))
 
 
-def _build(model: nn.Module, setup: Setup) -> tuple[Step, list[Any]]:
-    """The training step of ``setup``, and what holds its state besides the model."""
+def _build(model: nn.Module, setup: Setup) -> tuple[Step, list[Any], Residency | None]:
+    """The training step of ``setup``, what holds its state besides the model, and what moves it, if it is ours."""
     if setup.family == "rival":
         return _rival(model, setup)
     trainer = local_trainer(
@@ -153,7 +159,7 @@ def _build(model: nn.Module, setup: Setup) -> tuple[Step, list[Any]]:
         trainer.micro_batch = micro_batch
         trainer.step(images, labels)
 
-    return step, [*trainer.modules, *trainer.optimizers]
+    return step, [*trainer.modules, *trainer.optimizers], trainer.residency
 
 
 def local_trainer(model: nn.Module, setup: Setup, **options: Any) -> LocalTrainer:
@@ -168,7 +174,7 @@ def local_trainer(model: nn.Module, setup: Setup, **options: Any) -> LocalTraine
     return LocalTrainer(model, **chosen, **options)
 
 
-def _rival(model: Any, setup: Setup) -> tuple[Step, list[Any]]:
+def _rival(model: Any, setup: Setup) -> tuple[Step, list[Any], None]:
     model.train()
     if setup.recompute:
         model.set_grad_checkpointing()
@@ -190,7 +196,7 @@ def _rival(model: Any, setup: Setup) -> tuple[Step, list[Any]]:
             del loss
         rival.update()
 
-    return step, rival.holders
+    return step, rival.holders, None
 
 
 def representative(parts: list[slice]) -> list[slice]:
