@@ -149,11 +149,10 @@ class _LoRA(nn.Module):
 def lora(model: nn.Module) -> Rival:
     """Rank-16 adapters in fp32 beside every linear layer of the blocks, and the head; the rest is frozen, in bf16."""
     model.bfloat16().requires_grad_(False)
-    for block in backbone(model).blocks:
-        layers = {name: layer for name, layer in block.named_modules() if isinstance(layer, nn.Linear)}
-        for name, layer in layers.items():
-            parent, _, attribute = name.rpartition(".")
-            setattr(block.get_submodule(parent), attribute, _LoRA(layer, rank=16))
+    inside = {layer for block in backbone(model).blocks for layer in block.modules() if isinstance(layer, nn.Linear)}
+    for name, layer in [(name, layer) for name, layer in model.named_modules() if layer in inside]:
+        parent, _, attribute = name.rpartition(".")
+        setattr(model.get_submodule(parent), attribute, _LoRA(cast(nn.Linear, layer), rank=16))
     for module in model.modules():
         if isinstance(module, nn.Linear) and module.out_features == CLASSES:
             module.float().requires_grad_()
