@@ -3,7 +3,7 @@
     make families
 
 Models are built on the meta device, which takes no memory; a name is served if its parts run and fit together there. That they
-equal the model bit for bit, and train, is what test_backbones.py tests, on the smallest member of each class served.
+equal the model bit for bit, and train, is what test_backbones.py tests, with fewer and narrower layers of the same kinds.
 """
 
 from __future__ import annotations
@@ -94,8 +94,9 @@ def page() -> str:
     lines = [
         "# Families",
         "",
-        f"{sentence()}. The smallest of each class served is tested: stem, blocks and head give the model's own output bit for",
-        "bit, in training and in evaluation; one exact step gives its gradients and buffers; one local step trains it.",
+        f"{sentence()}. Each name is tested, with fewer and narrower layers of its own kinds: stem, blocks and head give the",
+        "model's own output bit for bit, in training and in evaluation; one exact step gives its gradients and buffers; one",
+        "local step trains it.",
         "",
         "| class | names | smallest |",
         "| --- | --- | --- |",

@@ -1,9 +1,11 @@
-"""stem → blocks → head reproduces the model's own forward bit for bit, and trains, for every class of models served."""
+"""stem → blocks → head reproduces the model's own forward bit for bit, and trains, for every name that is served."""
 
 from __future__ import annotations
 
 import copy
 import csv
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from engine.smaller import SMALL_VIT, smaller
 from torch import Tensor, nn
 
 import fastlocal
@@ -20,76 +23,27 @@ from fastlocal.backbones import Backbone, backbone
 with Path(__file__).with_name("families.csv").open(newline="") as file:
     FAMILIES = list(csv.DictReader(file))
 
-COLUMN = {"img_size": 64, "embed_dim": 48, "depth": 3, "num_heads": 4}
-SMALL_VIT = {**COLUMN, "patch_size": 16}
-SMALL_SWIN = {"img_size": 64, "embed_dim": 16, "num_heads": (1, 2, 4, 8), "depths": (2, 2, 2, 2)}
-STAGES = {"depths": (1, 1, 2, 1)}
-SMALLER: dict[str, dict[str, Any]] = {
-    "beit.Beit": SMALL_VIT,
-    "cait.Cait": {**SMALL_VIT, "depth_token_only": 1},
-    "davit.DaVit": {**STAGES, "embed_dims": (16, 32, 64, 128), "num_heads": (1, 2, 4, 8)},
-    "deepseek_vit.DeepseekVitClassifier": {"embed_dim": 64, "depth": 2, "num_heads": 4},
-    "deit.VisionTransformerDistilled": SMALL_VIT,
-    "eva.Eva": COLUMN,
-    "fastvit.FastVit": {"layers": (1, 1, 2, 1)},
-    "gcvit.GlobalContextVit": {"img_size": 64},
-    "hiera.Hiera": {"img_size": 128, "embed_dim": 32, "stages": (1, 1, 2, 1)},
-    "levit.Levit": {"img_size": 64},
-    "levit.LevitDistilled": {"img_size": 64},
-    "mvitv2.MultiScaleVit": {"img_size": 64},
-    "nest.Nest": {"img_size": 64, "drop_path_rate": 0.1},  # timm's 0.5 drops whole blocks in a batch of two
-    "naflexvit.NaFlexVit": {"embed_dim": 48, "depth": 3, "num_heads": 4},
-    "pit.PoolingVisionTransformer": {"img_size": 96},
-    "qwen3_vit.Qwen3VitClassifier": {"embed_dim": 64, "depth": 2, "num_heads": 4},
-    "swin_transformer.SwinTransformer": {**SMALL_SWIN, "window_size": 3},  # pads, shifts
-    "swin_transformer_v2.SwinTransformerV2": {**SMALL_SWIN, "window_size": 4},
-    "swin_transformer_v2_cr.SwinTransformerV2Cr": {**SMALL_SWIN, "img_size": 64, "window_size": 2},
-    "vision_transformer_sam.VisionTransformerSAM": {**COLUMN, "img_size": 128, "global_attn_indexes": (1,)},
-    "volo.VOLO": {"img_size": 64},
-    "xcit.Xcit": COLUMN,
-}
-IMAGE_SIZES = {
-    "davit.DaVit": 64,
-    "byobnet.ByobNet": 64, "cpubone.CPUBone": 64, "csatv2.CSATv2": 128, "edgenext.EdgeNeXt": 64, "lowformer.LowFormer": 64,
-    "maxxvit.MaxxVit": 160, "metaformer.MetaFormer": 64, "nextvit.NextViT": 64, "swiftformer.SwiftFormer": 64,
-    "hieradet_sam2.HieraDet": 128, "naflexvit.NaFlexVit": 96, "qwen3_vit.Qwen3VitClassifier": 128, "fastvit.FastVit": 64,
-}  # fmt: skip
-
-
-def smallest() -> list[tuple[str, str]]:
-    """The smallest model of each class served, with its class."""
-    best: dict[str, dict[str, str]] = {}
-    for row in FAMILIES:
-        if not row["refused"]:
-            kept = best.setdefault(row["class"], row)
-            best[row["class"]] = min(kept, row, key=lambda r: int(r["parameters"]))
-    return [(row["name"], kind) for kind, row in sorted(best.items())]
-
-
-# Beside one of each class: what its branches need.
+# Beside the names: options that none of them has.
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("vit_tiny_patch16_224", {**SMALL_VIT, "drop_path_rate": 0.2, "proj_drop_rate": 0.1}),
-    ("vit_base_patch32_clip_224", SMALL_VIT),  # norm before the blocks
-    ("vit_small_patch14_reg4_dinov2", SMALL_VIT),  # register tokens, position embedding without them
-    ("vit_base_patch16_siglip_224", SMALL_VIT),  # attention pooling
-    ("vit_small_patch16_rope_mixed_224", SMALL_VIT),  # rotary frequencies of all blocks in one parameter
     ("eva02_tiny_patch14_224", {**SMALL_VIT, "drop_path_rate": 0.2}),
-    ("deit3_small_patch16_224", {**SMALL_VIT, "drop_path_rate": 0.2}),  # layer scale
-    ("mvitv2_small_cls", {"img_size": 64}),  # a class token on shrinking grids
-    ("levit_conv_128s", {}),
+    ("deit3_small_patch16_224", {**SMALL_VIT, "drop_path_rate": 0.2}),
 ]
-SHARED = {"coat_lite_tiny", "vit_small_patch16_rope_mixed_224"}
+UNSEEN = (
+    "rel_pos.mlp.fc2.bias"  # added to a whole row of scores, which softmax takes out again: its gradient is rounding
+)
 
 
-def build(name: str, kind: str = "", **overrides: Any) -> tuple[nn.Module, Backbone]:
+def build(name: str, **options: Any) -> tuple[nn.Module, Backbone]:
     torch.manual_seed(0)
-    options = overrides or SMALLER.get(kind, {})
     model = timm.create_model(name, num_classes=7, **options)
-    return model, backbone(model, IMAGE_SIZES.get(kind) or options.get("img_size"))
+    return model, backbone(model, options.get("img_size"))
 
 
-CASES = [pytest.param(name, kind, {}, id=kind) for name, kind in smallest()]
-CASES += [pytest.param(name, "", options, id=name) for name, options in VARIANTS]
+CASES = [
+    pytest.param(partial(smaller, row["name"], row["class"]), id=row["name"]) for row in FAMILIES if not row["refused"]
+]
+CASES += [pytest.param(partial(build, name, **options), id=f"{name}, with options") for name, options in VARIANTS]
 
 
 def assert_parity(model: nn.Module, view: Backbone, call: Any = None) -> None:
@@ -128,11 +82,12 @@ def step(view: Backbone, batch: tuple[Tensor, Tensor], **options: Any) -> dict[s
     return {name: before[name] - p.detach() for name, p in view.model.named_parameters()}
 
 
-@pytest.mark.parametrize(("name", "kind", "options"), CASES)
-def test_the_parts_are_the_model_and_train(name: str, kind: str, options: dict[str, Any]) -> None:
-    model, view = build(name, kind, **options)
+@pytest.mark.parametrize("make", CASES)
+def test_the_parts_are_the_model_and_train(make: Callable[[], tuple[nn.Module, Backbone]]) -> None:
+    model, view = make()
     assert_parity(model, view)
-    assert bool(view.shared) == (name in SHARED)
+    # All blocks' rotary frequencies in one parameter; a stage's convolutions used by each of its blocks.
+    assert bool(view.shared) == (getattr(model, "rope_mixed", False) or type(model).__name__ == "CoaT")
 
     start = copy.deepcopy(model.train().state_dict())
     batch = torch.randn(2, *view.image.shape), torch.tensor([1, 4])
@@ -166,7 +121,8 @@ def test_the_parts_are_the_model_and_train(name: str, kind: str, options: dict[s
     torch.manual_seed(5)
     assert torch.isfinite(trainer.step(*batch).loss).all()
     named = dict(view.model.named_parameters())
-    assert [name for name, gradient in plain.items() if bool(gradient.any()) and id(named[name]) not in learned] == []
+    still = [name for name, gradient in plain.items() if bool(gradient.any()) and id(named[name]) not in learned]
+    assert [name for name in still if not name.endswith(UNSEEN)] == []
 
 
 def torchvision_models() -> dict[str, Any]:
