@@ -218,7 +218,9 @@ def _head_gradient_kernel(
             d_scores = p * (tl.dot(d_out, tl.trans(v), input_precision="ieee") - delta[:, None])
             if BIAS_GRADIENT:
                 pointers, mask = _bias_tile(d_bias_ptr, 0, key, keys, queries, keys, BLOCK_Q, BLOCK_K)
-                former = tl.load(pointers, mask=mask & (index >= tl.num_programs(0)), other=0.0)
+                # A vector, because the interpreter of Triton 3.9 makes integers of a scalar truth that it broadcasts.
+                added = tl.full([BLOCK_Q, 1], index, tl.int32) >= tl.num_programs(0)
+                former = tl.load(pointers, mask=mask & added, other=0.0)
                 tl.store(pointers, former + d_scores, mask=mask)
             d_scores = d_scores.to(q.dtype)
             d_k = tl.dot(tl.trans(d_scores), q, input_precision="ieee") * scale

@@ -134,6 +134,20 @@ def exit_code(number: int | None) -> int:
     return INTERRUPTED if number == signal.SIGINT else STOPPED
 
 
+@contextlib.contextmanager
+def held_back() -> Iterator[None]:
+    """Signals that stop a run wait until this block ends. What it starts inherits that and never gets them: workers, and
+    multiprocessing's own processes, which no worker's initializer reaches."""
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_to_parent() -> None:
     """In a worker: what stops a run is the parent's business, though a terminal and a scheduler tell the whole group."""
     for number in STOPPING:

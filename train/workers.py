@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from fastlocal.train.errors import UserError, printable
-from fastlocal.train.signals import STOPPED, leave_to_parent
+from fastlocal.train.signals import STOPPED, held_back, leave_to_parent
 
 LONGEST_WAIT = 300  # seconds for one batch
 LOOK_EVERY = 5  # seconds, while one is waited for, whether the workers live
@@ -58,8 +58,11 @@ def read_in_workers(
     on_main_thread = threading.current_thread() is threading.main_thread()
     on_child = signal.getsignal(signal.SIGCHLD) if on_main_thread and hasattr(signal, "SIGCHLD") else None
     others = set(multiprocessing.active_children())
+    if multiprocessing.get_start_method() == "forkserver":  # Linux's, since Python 3.14
+        ours = [name for name in sys.modules if name.partition(".")[0] in ("fastlocal", "timm")]
+        multiprocessing.set_forkserver_preload(ours)  # else each worker of each epoch would import them and torch again
     try:
-        with torch.device("cpu"):
+        with torch.device("cpu"), held_back():
             reader = iter(loader)
         if on_child is not None:
             # torch's handler raises wherever the main thread is, in the middle of a step too. That a worker is gone is

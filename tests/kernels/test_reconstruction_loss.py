@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import math
 import sys
@@ -328,7 +329,9 @@ class Allocations(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        inputs = {x.untyped_storage()._cdata for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, Tensor)}
+        given = torch.utils._pytree.tree_leaves(args)
+        inputs = {x.untyped_storage()._cdata for x in given if isinstance(x, Tensor)}
+        inputs |= {x._cdata for x in given if isinstance(x, torch.UntypedStorage)}
         for x in torch.utils._pytree.tree_leaves(out):
             if isinstance(x, Tensor) and x.untyped_storage()._cdata not in inputs:
                 self.seen[x.untyped_storage()._cdata] = (
@@ -336,9 +339,14 @@ class Allocations(TorchDispatchMode):
                     x.untyped_storage().nbytes(),
                 )
                 self.largest = max(self.largest, x.untyped_storage().nbytes())
-        self.seen = {key: (ref, size) for key, (ref, size) in self.seen.items() if not ref.expired()}
-        self.peak = max(self.peak, sum(size for _, size in self.seen.values()))
+        if self._alive() > self.peak:
+            gc.collect()  # the interpreter's garbage is in cycles, and its time is Python's choice
+            self.peak = max(self.peak, self._alive())
         return out
+
+    def _alive(self) -> int:
+        self.seen = {key: (ref, size) for key, (ref, size) in self.seen.items() if not ref.expired()}
+        return sum(size for _, size in self.seen.values())
 
 
 @pytest.mark.parametrize("kernels", ["reference", "triton"])

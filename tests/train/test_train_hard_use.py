@@ -7,6 +7,7 @@ import resource
 import signal
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -200,22 +201,29 @@ class _Unsendable:
         raise OSError(28, "No space left on device")
 
 
-@pytest.mark.parametrize("trouble", ["killed", "no room", "stuck"])
-def test_workers_that_are_gone_or_stuck_are_noticed(trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    def collate(items: list[int]) -> Any:
+@dataclass
+class _Trouble:
+    """Puts batches together until the third image, which brings it."""
+
+    kind: str
+
+    def __call__(self, items: list[int]) -> Any:
         if items[0] == 2:
-            if trouble == "killed":
+            if self.kind == "killed":
                 time.sleep(1)  # the batch before is on its way
                 os.kill(os.getpid(), signal.SIGKILL)
-            if trouble == "no room":
+            if self.kind == "no room":
                 return _Unsendable()
             time.sleep(60)
         return items
 
+
+@pytest.mark.parametrize("trouble", ["killed", "no room", "stuck"])
+def test_workers_that_are_gone_or_stuck_are_noticed(trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "LOOK_EVERY", 1)
-    monkeypatch.setattr(workers, "LONGEST_WAIT", 2 if trouble == "stuck" else 300)
-    batches = workers.read_in_workers(_NoRoom(), [[0, 1], [2, 3]], collate, 1)  # type: ignore[arg-type]
+    batches = workers.read_in_workers(_NoRoom(), [[0, 1], [2, 3]], _Trouble(trouble), 1)  # type: ignore[arg-type]
     assert next(batches) == [0, 1]
+    monkeypatch.setattr(workers, "LONGEST_WAIT", 2 if trouble == "stuck" else 300)  # a worker's start may take longer
     begun = time.monotonic()
     with pytest.raises(workers.WorkersLostError, match=r"--workers that read images stopped .*shm"):
         next(batches)
