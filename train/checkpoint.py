@@ -13,6 +13,7 @@ import pickletools
 import random
 import secrets
 import shutil
+import sys
 import warnings
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
@@ -284,7 +285,7 @@ def at_least(least: int) -> Callable[[Any], bool]:
 
 def finite(value: Any) -> bool:
     """a finite number"""
-    return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, float | int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def plain(value: Any) -> bool:

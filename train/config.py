@@ -82,7 +82,7 @@ class TrainConfig:
         if "model" in given:
             decided = any(given.get(name) for name in ("pretrained", "initial_checkpoint", "img_size"))
             decided = decided or kwargs.keys() & GEOMETRY
-            fitting = {} if decided else fitting_geometry(data, str(given["model"]))
+            fitting = {} if decided else fitting_geometry(data, checked(OPTIONS["model"].field, given["model"]))
         given_to = _grouped({**recipe, **given, "model_kwargs": {**fitting, **kwargs}})
         if given.get("lr_base") is not None:
             given_to["optimization"].pop("lr", None)  # a recipe's

@@ -197,3 +197,35 @@ def test_what_every_option_accepts_can_be_told() -> None:
     assert all(entry.metadata["parse"] in values._ACCEPTED for _, entry in OPTIONS.values())
     with pytest.raises(UserError, match=r"must be whole numbers such as 1 or 1,3, got 'x'"):
         TrainConfig.of(rank_cuts="x")
+
+
+STRANGE = [
+    [],
+    (),
+    {},
+    "",
+    " ",
+    [[]],
+    [None],
+    [""],
+    {"": 1},
+    {1: 2},
+    {"a": []},
+    True,
+    b"1",
+    object(),
+    float("nan"),
+    [float("inf")],
+]
+STRANGE += [10**400, -(10**5000), [10**400], "1" * 5000, "1e999", [1] * 1000, {"img_size": 10**400}, {"depths": [[[]]]}]
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_any_value_of_an_option_is_read_or_refused_in_a_sentence(name: str) -> None:
+    sentences = []
+    for value in STRANGE:
+        try:
+            TrainConfig.of(**{name: value})
+        except UserError as error:
+            sentences.append(str(error))
+    assert [sentence for sentence in sentences if "\n" in sentence or len(sentence) > 1000] == []

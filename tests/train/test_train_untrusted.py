@@ -182,6 +182,13 @@ def test_every_missing_or_unknown_field_is_named(tmp_path: Path) -> None:
     assert str(told.value).count("is missing") >= 4
 
 
+def test_numbers_of_any_size_are_judged() -> None:
+    for value in (10**400, -(10**5000), float("nan"), float("-inf"), True, [], {}):
+        assert checkpoint.finite(value) is False
+        assert checkpoint.at_least(0)(value) is False
+        assert len(list(checkpoint._problems(value, checkpoint.finite, "lr"))) == 1
+
+
 def test_a_file_that_cannot_be_opened_is_not_called_damaged(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
         checkpoint.load(tmp_path)

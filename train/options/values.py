@@ -64,6 +64,8 @@ def numbers(value: Any) -> tuple[float, ...]:
     if isinstance(value, list | tuple) and len(value) == 1:
         value = value[0]
     parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list | tuple) else [value]
+    if not parts:
+        raise ValueError
     return tuple(number(part) for part in parts)
 
 
@@ -311,7 +313,7 @@ def checked(entry: Field[Any], value: Any) -> Any:
     for key, words, holds in limits:
         for amount in parsed if isinstance(parsed, tuple) else (parsed,):
             if rules[key] is not None and not isinstance(amount, str) and not holds(amount, rules[key]):
-                raise UserError(f"{name} must be {words} {rules[key]}, got {parsed}.")
+                raise UserError(f"{name} must be {words} {rules[key]}, got {shown(parsed)}.")
     return parsed
 
 
