@@ -173,6 +173,8 @@ def resume(folder: str | Path, **changes: Any) -> Summary:
         raise UserError(f"there is no checkpoint at {last}.")
     opened = RunFolder(Path(folder)) if first_process() else None
     try:
+        if opened is not None:
+            RunFolder.sweep(opened.path.parent)
         saved = _load_last(last)
         kept = {**saved["config"], "download": False}  # a file must not have anything fetched
         config = TrainConfig.of(**{**kept, **changes})

@@ -59,16 +59,20 @@ class RunFolder:
         Raises:
             UserError: it cannot be made.
         """
-        try:
-            output.mkdir(parents=True, exist_ok=True)
-            for lock in output.glob(".*.starting/.lock"):
-                with contextlib.suppress(UserError):  # its process lives
-                    cls(lock.parent).discard()
-            path = output / f".{os.getpid()}-{time.time_ns()}.starting"
-            path.mkdir()
-        except OSError as error:
-            raise UserError(f"run folder {output} cannot be made: {error.strerror}; choose another --output.") from None
-        return cls(path)
+        for _ in range(2):
+            with contextlib.suppress(UserError):  # a process that starts at the same moment may have swept it away
+                return cls(_make(output))
+        return cls(_make(output))
+
+    @classmethod
+    def sweep(cls, output: Path) -> None:
+        """Remove from ``output`` what processes left that were killed before their folder had its name."""
+        for folder in output.glob(".*.starting"):
+            with contextlib.suppress(UserError, OSError):  # its process lives
+                if (folder / ".lock").exists():
+                    cls(folder).discard()
+                else:
+                    folder.rmdir()
 
     def publish(self, name: str, *, unique: bool) -> None:
         """Give the folder its ``name``, or if that is taken and need not be ``unique``, the name with a number.
@@ -163,6 +167,17 @@ class RunFolder:
     def _write_rows(self, rows: list[Any]) -> None:
         content = "".join(json.dumps(row) + "\n" for row in rows).encode()
         self.write("metrics.jsonl", lambda file: file.write(content))
+
+
+def _make(output: Path) -> Path:
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        RunFolder.sweep(output)
+        path = output / f".{os.getpid()}-{time.time_ns()}.starting"
+        path.mkdir()
+    except OSError as error:
+        raise UserError(f"run folder {output} cannot be made: {error.strerror}; choose another --output.") from None
+    return path
 
 
 @dataclass(frozen=True)

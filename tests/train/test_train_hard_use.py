@@ -263,6 +263,40 @@ def test_runs_without_a_name_that_start_at_once_get_folders_of_their_own(process
     assert sorted(path.name for path in tmp_path.iterdir()) == [f"now-digits-feature{end}" for end in ("", "-2", "-3")]
 
 
+@pytest.mark.parametrize("resumed", [False, True])
+def test_what_was_killed_before_it_had_a_name_is_swept_away(tiny: Options, resumed: bool) -> None:
+    config = TrainConfig.of(**tiny(epochs=1))
+    output = Path(config.reports.output)
+    run = loop.run(config).folder
+    (output / ".1-1.starting").mkdir()  # killed before it had its lock
+    (output / ".1-2.starting").mkdir()
+    (output / ".1-2.starting" / ".lock").touch()
+    (output / ".1-2.starting" / "config.yaml").touch()
+    alive = RunFolder.create(output)
+    if resumed:
+        loop.resume(run)
+    else:
+        loop.run(config.changed(experiment="another"))
+    assert list(output.glob(".*.starting")) == [alive.path]
+    alive.close()
+
+
+def test_a_folder_that_another_process_swept_away_is_made_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def mkdir(self: Path, *arguments: Any, **options: Any) -> None:
+        real(self, *arguments, **options)
+        if self.suffix == ".starting" and not swept:
+            swept.append(self)
+            self.rmdir()
+
+    real, swept = Path.mkdir, list[Path]()
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    folder = RunFolder.create(tmp_path)
+    assert list(tmp_path.iterdir()) == [folder.path] != swept
+    folder.close()
+
+
 def test_rows_are_repaired(tiny: Options) -> None:
     run = loop.run(TrainConfig.of(**tiny(epochs=3))).folder
     rows = (run / "metrics.jsonl").read_bytes().splitlines(keepends=True)
