@@ -189,11 +189,11 @@ class Cut:
             host=round(self._host(residency, boundaries, weights)),
             compute=flops / plain,
             traffic=round(traffic),
-            # The bus works while the card does, so the slower of the two counts; each direction has half of the traffic,
-            # and a tenth of it is taken to be waited for; weights that are not prefetched are waited for whole.
-            seconds=max(computing, traffic / 2 / card.bus)
-            + (0.05 * traffic + waited) / card.bus
-            + launched * SECONDS_PER_BLOCK,
+            # The card, the bus and the processor that launches kernels work side by side, so the slowest counts. Of the
+            # traffic each direction has half, and a tenth of that is taken to be waited for; weights that are not
+            # prefetched are waited for whole.
+            seconds=max(computing, traffic / 2 / card.bus, launched * SECONDS_PER_BLOCK)
+            + (0.05 * traffic + waited) / card.bus,
         )
 
     def _fetched(self, residency: Keep, weights: Weights) -> float:

@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from fastlocal.memory import cublas_workspaces
+from fastlocal.memory import cublas_workspaces, dry_run
+from fastlocal.planner.cards import card_named
+from fastlocal.planner.search import _cuts
 from fastlocal.profiling import memory, results
 from fastlocal.profiling.card import suite
 from fastlocal.profiling.card.throughput import Setup, baseline, create_model
@@ -158,3 +160,20 @@ def test_dry_runs_foretell_what_an_h100_allocated(row: dict[str, Any], monkeypat
         model = create_model(row["model"], baseline())
     peak = memory.meter_step(model, Setup(**row["setup"]), row["batch_size"], torch.device("cuda", 0)).peak
     assert (peak + cublas_workspaces("cuda")) / suite.MIB == pytest.approx(row["allocated_mib"], rel=suite.TOLERANCE)
+
+
+def test_the_planner_ranks_by_what_an_h100_took() -> None:
+    """Seconds of a step, estimated without a card, are within a third of what the committed rows of eager set-ups say."""
+    rows = [row for row in results.read_rows(H100 / "throughput.jsonl") if not row["compile"]]
+    with torch.device("meta"):
+        model = create_model(rows[0]["model"], baseline())
+    for objective in ("end-to-end", "feature"):
+        with dry_run():
+            cuts = list(_cuts(model, 64, objective, True, {"amp_dtype": torch.bfloat16}, lambda _: None))
+        for row in (row for row in rows if row["objective"] == objective):
+            (cut,) = (cut for cut, _ in cuts if len(cut.spans) == row["modules"])
+            recompute = "block" if row["recompute"] else "none"
+            way = cut.plan(
+                row["micro_batch"] or 64, recompute, row["residency"], "device", "full", True, card_named(row["card"])
+            )
+            assert way.seconds == pytest.approx(row["batch_size"] / row["images_per_s"], rel=0.33), row["name"]
