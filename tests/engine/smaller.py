@@ -85,10 +85,8 @@ def smaller(name: str, kind: str) -> tuple[nn.Module, Backbone]:
     original = model_class.__init__
 
     def init(self: Any, *args: Any, **options: Any) -> None:
-        changed = {key: value for key, value in given.items() if key != "cfg"}
-        if "cfg" in given and args:
-            args = (dataclasses.replace(args[0], **given["cfg"]), *args[1:])
-        elif "cfg" in given:
+        changed = dict(given)
+        if "cfg" in given:
             changed["cfg"] = dataclasses.replace(options["cfg"], **given["cfg"])
         original(self, *args, **{**options, **changed})
 
