@@ -269,7 +269,10 @@ def _checkpoints(folder: Path, run: Path, home: Any) -> Iterator[Target]:
     def read() -> None:
         saved = checkpoint.load(path)
         TrainConfig.of(**saved["config"])
-        home._restore(saved)
+        try:
+            home._restore(saved)
+        finally:  # else what one mutant brings, such as another name in a group of parameters, all later ones would lack
+            home.trainer.load_state_dict(tree["trainer"])
 
     path.write_bytes(whole)
     yield _of_bytes("checkpoint, bytes", path, read)

@@ -36,6 +36,17 @@ def test_mutants_are_read_or_refused(kind: str, count: int, targets: dict[str, m
     assert tally.outcomes["refused"] > count // 4
 
 
+def test_a_mutant_that_is_read_is_not_what_the_next_is_held_against(targets: dict[str, mutations.Target]) -> None:
+    target = targets["checkpoint, nodes"]
+    whole = target.path.parent / "run" / "last.pt"
+    tree = torch.load(whole)
+    tree["trainer"]["optimizers"][1]["param_groups"][1]["note"] = 1.0
+    torch.save(tree, target.path)
+    target.read()
+    target.path.write_bytes(whole.read_bytes())
+    target.read()
+
+
 def test_mutated_images_are_read_or_refused(targets: dict[str, mutations.Target]) -> None:
     for encoding in mutations.ENCODINGS:
         tally = mutations.try_mutants(targets[f"image, {encoding}"], 100, seed=1)
