@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlocal.kernels import dispatch
-from fastlocal.kernels.cases import CompileCase, cdiv, next_power_of_2, warps_on
+from fastlocal.kernels.cases import CompileCase, cdiv, launch_options, next_power_of_2
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
@@ -500,7 +500,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, 
     _forward_kernel[(cdiv(queries, blocks.queries) * batch * heads,)](
         q, k, v, bias, out, *statistics, scale, heads, queries, k.shape[2], *strides, *bias_strides,
         HAS_BIAS=has_bias, SHARED_BY=heads // k.shape[1], UNIT=unit, **_constants(blocks, head_dim, q.dtype),
-        num_warps=warps_on(q.device, blocks.num_warps), num_stages=blocks.num_stages,
+        **launch_options(q.device, blocks.num_warps, blocks.num_stages),
     )  # fmt: skip
     return statistics
 
@@ -543,7 +543,7 @@ def _backward_of_every_head(
             d_out, q, k, v, bias, out, *statistics, d_q, d_k, d_v, partial, scale, batch * heads, *sizes,
             HAS_BIAS=has_bias, BIAS_GRADIENT=needs_bias, SHARED_BY=shared_by, UNIT=unit,
             **_constants(blocks, head_dim, q.dtype),
-            num_warps=warps_on(q.device, blocks.num_warps), num_stages=blocks.num_stages,
+            **launch_options(q.device, blocks.num_warps, blocks.num_stages),
         )  # fmt: skip
         if needs_bias:
             _add_partial_sums(partial, d_bias, heads)
@@ -554,13 +554,13 @@ def _backward_of_every_head(
     _query_gradient_kernel[(cdiv(queries, blocks.queries) * batch * heads,)](
         d_out, q, k, v, bias, out, *statistics, delta, d_q, scale, *sizes,
         HAS_BIAS=has_bias, SHARED_BY=shared_by, UNIT=unit, **_constants(blocks, head_dim, q.dtype),
-        num_warps=warps_on(q.device, blocks.num_warps), num_stages=blocks.num_stages,
+        **launch_options(q.device, blocks.num_warps, blocks.num_stages),
     )  # fmt: skip
     blocks = _blocks(KEY, head_dim, q.dtype, has_bias)
     _key_gradient_kernel[(cdiv(keys, blocks.keys) * batch * heads,)](
         d_out, q, k, v, bias, *statistics, delta, d_k, d_v, scale, *sizes,
         HAS_BIAS=has_bias, SHARED_BY=shared_by, UNIT=unit, **_constants(blocks, head_dim, q.dtype),
-        num_warps=warps_on(q.device, blocks.num_warps), num_stages=blocks.num_stages,
+        **launch_options(q.device, blocks.num_warps, blocks.num_stages),
     )  # fmt: skip
     if not needs_bias:
         return
@@ -570,7 +570,7 @@ def _backward_of_every_head(
     _bias_gradient_kernel[(len(partial) * tiles,)](
         d_out, q, k, v, bias, *statistics, delta, partial, scale, batch * heads, len(partial), *sizes,
         SHARED_BY=shared_by, UNIT=unit, **_constants(blocks, head_dim, q.dtype),
-        num_warps=warps_on(q.device, blocks.num_warps), num_stages=blocks.num_stages,
+        **launch_options(q.device, blocks.num_warps, blocks.num_stages),
     )  # fmt: skip
     _add_partial_sums(partial, d_bias, heads)
 

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlocal.kernels import dispatch
-from fastlocal.kernels.cases import CompileCase, cdiv, warps_on
+from fastlocal.kernels.cases import CompileCase, cdiv, launch_options
 
 EPS: tl.constexpr = tl.constexpr(1e-6)
 
@@ -228,7 +228,7 @@ def _launch(
         UPCAST=dispatch.interpreting() and hidden.dtype == torch.bfloat16,  # interpreted bfloat16 products are wrong
         UNIT=unit, UPSAMPLE=upsample, TARGET_CHANNELS=target_channels,
         BLOCK_TOKENS=blocks.tokens, BLOCK_OUTPUTS=blocks.outputs, BLOCK_CHANNELS=blocks.channels,
-        num_warps=warps_on(hidden.device, blocks.num_warps), num_stages=blocks.num_stages,
+        **launch_options(hidden.device, blocks.num_warps, blocks.num_stages),
     )  # fmt: skip
 
 

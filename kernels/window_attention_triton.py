@@ -24,7 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlocal.kernels import dispatch
-from fastlocal.kernels.cases import CompileCase, cdiv, next_power_of_2, warps_on
+from fastlocal.kernels.cases import CompileCase, cdiv, launch_options, next_power_of_2
 
 SUM_BLOCKS = {"BLOCK_ENTRIES": 16, "BLOCK_N": 64}  # of `_sum_by_relative_position`
 
@@ -549,10 +549,6 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
-def _options(device: torch.device, blocks: _Blocks) -> dict[str, int]:
-    return {"num_warps": warps_on(device, blocks.num_warps), "num_stages": blocks.num_stages}
-
-
 def _table(bias_table: Tensor, read_often: bool) -> Tensor:
     """[heads, entries]; each head's entries together where it is read for every window and tile."""
     return bias_table.t().contiguous() if read_often else bias_table.t()
@@ -571,7 +567,7 @@ def forward(
         qkv.contiguous(), table, table if logit_scale is None else logit_scale.contiguous(), out,
         batch * height * width // tokens, height, width, table.stride(1), table.stride(0), scale,
         **_constants(num_heads, head_dim, window, shift, logit_scale is not None, blocks),
-        **_options(qkv.device, blocks),
+        **launch_options(qkv.device, blocks.num_warps, blocks.num_stages),
     )  # fmt: skip
     return out
 
@@ -596,7 +592,8 @@ def backward(
         kernel[grid](
             d_out, qkv, table, scales, windows=windows, height=height, width=width,
             entry_stride=table.stride(1), head_stride=table.stride(0), scale=scale, **others,
-            **_constants(num_heads, head_dim, window, shift, cosine, blocks), **_options(qkv.device, blocks),
+            **_constants(num_heads, head_dim, window, shift, cosine, blocks),
+            **launch_options(qkv.device, blocks.num_warps, blocks.num_stages),
         )  # fmt: skip
 
     in_tiles = _in_tiles(tokens, head_dim)
@@ -621,8 +618,9 @@ def backward(
     d_table = torch.empty(bias_table.shape if needs_table else 0, dtype=bias_table.dtype, device=bias_table.device)
     if needs_table:
         _sum_by_relative_position[(num_heads, cdiv(len(bias_table), SUM_BLOCKS["BLOCK_ENTRIES"]))](
-            d_bias.sum(0), d_table, WINDOW=window, HEADS=num_heads, PITCH=pitch, **SUM_BLOCKS, num_warps=4, num_stages=1
-        )
+            d_bias.sum(0), d_table, WINDOW=window, HEADS=num_heads, PITCH=pitch, **SUM_BLOCKS,
+            **launch_options(qkv.device, 4, 1),
+        )  # fmt: skip
     return d_qkv, d_table, d_scale.sum(0) if cosine else d_scale.flatten()
 
 

@@ -314,7 +314,7 @@ def _compile(case: CompileCase, architecture: Architecture) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from fastlocal.kernels.cases import narrower
+    from fastlocal.kernels.cases import FUSION, narrower
 
     # ASTSource wants every argument in the signature, in order, and pointers' alignment as an attribute.
     signature = {name: case.signature.get(name, "constexpr") for name in case.kernel.arg_names}
@@ -333,6 +333,7 @@ def _compile(case: CompileCase, architecture: Architecture) -> Any:
         options={
             "num_warps": narrower(case.num_warps, architecture.threads_per_warp),
             "num_stages": case.num_stages,
+            **FUSION,
         },
     )
 
