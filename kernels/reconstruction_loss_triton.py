@@ -214,7 +214,7 @@ def _launch(
         mean, rstd = (torch.empty(positions, dtype=torch.float32, device=hidden.device) for _ in range(2))
         _statistics_kernel[(cdiv(positions, STATISTICS["BLOCK_POSITIONS"]),)](
             patches, mean, rstd, tokens, height, width, *patches.stride(),
-            UPSAMPLE=upsample, TARGET_CHANNELS=target_channels, **STATISTICS,
+            UPSAMPLE=upsample, TARGET_CHANNELS=target_channels, **STATISTICS, **launch_options(hidden.device, 4, 1),
         )  # fmt: skip
     # 8 elements of 2 bytes are one 16-byte load: a kernel that sees ``stride * 8`` knows that its rows are aligned.
     strides = (hidden.shape[-1], *hidden.stride()[:3])

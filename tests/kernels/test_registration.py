@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
-from fastlocal.kernels import dispatch, reconstruction_loss, registration, use_kernels, window_attention
+from fastlocal.kernels import attention, dispatch, reconstruction_loss, registration, use_kernels, window_attention
 
 
 class Case(NamedTuple):
@@ -239,6 +240,39 @@ def test_one_binary_for_every_image_size(monkeypatch: pytest.MonkeyPatch) -> Non
             _eager_gradients(lambda *x, target=target: reconstruction_loss(*x, None, target), (hidden, weight))
         counts.append(len(binaries))
     assert counts[0] == counts[-1] == 5, sorted(binaries)  # forward, backward, sum; loss, gradient
+
+
+@pytest.mark.usefixtures("interpreter")
+def test_every_launch_says_what_its_kernel_is_compiled_with(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the compile report does; Triton's own choices are another kernel, and change with its version."""
+    from triton.runtime.interpreter import InterpretedFunction
+
+    launched: dict[str, set[str]] = {}
+
+    def recorded(self: Any, *args: Any, **kwargs: Any) -> None:
+        launched[self.fn.__name__] = kwargs.keys() & {"num_warps", "num_stages", "enable_fp_fusion"}
+
+    monkeypatch.setattr(InterpretedFunction, "run", recorded)
+    with use_kernels("triton"):
+        for width, window in ((48, 4), (48, 16), (96, 24)):
+            qkv, table = torch.randn(1, window, window, width), torch.randn((2 * window - 1) ** 2, 1)
+            _eager_gradients(
+                lambda *x, window=window: window_attention(*x, num_heads=1, window_size=window, shift=0), (qkv, table)
+            )
+        for queries, bias in ((8, None), (8, torch.randn(2, 8, 8)), (300, None), (300, torch.randn(2, 300, 300))):
+            q, k, v = torch.randn(3, 1, 2, queries, 64)
+            _eager_gradients(lambda *x, bias=bias: attention(*x, bias=bias), (q, k, v))
+            if bias is not None:
+                _eager_gradients(lambda x, q=q, k=k, v=v: attention(q, k, v, bias=x), (bias,))
+        hidden, weight, target = torch.randn(1, 4, 4, 16), torch.randn(8, 16), torch.randn(1, 4, 4, 8)
+        _eager_gradients(lambda *x: reconstruction_loss(*x, None, target, normalize_target=True), (hidden, weight))
+    assert {name for name, said in launched.items() if len(said) < 3} == set()
+    cases = [
+        case
+        for name in ("attention", "reconstruction_loss", "window_attention")
+        for case in import_module(f"fastlocal.kernels.{name}_triton").compile_cases()
+    ]
+    assert set(launched) == {case.kernel.fn.__name__ for case in cases}
 
 
 def _specialization(function: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
