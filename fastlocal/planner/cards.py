@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 # What of these figures a training step gets. They put costs in proportion; candidates are ranked, nothing is promised.
 USED = 0.45
-# Host time to launch the kernels of one block, forward and backward: what an H100's machine took for Swin-T, within a third
-# (profiling/results/nvidia-h100-80gb-hbm3/throughput.jsonl). A faster processor takes less of it, and is kept as busy.
-SECONDS_PER_BLOCK = 4.5e-3
+# Seconds to launch the kernels of one block, forward and backward. A server's: what an H100's machine took for Swin-T, within a
+# third (profiling/results/nvidia-h100-80gb-hbm3/throughput.jsonl). A desktop's, whose cores are some three times as fast,
+# is not measured.
+SERVER, DESKTOP = 4.1e-3, 1.4e-3
 
 
 @dataclass(frozen=True)
@@ -20,12 +21,14 @@ class Card:
         flops: dense 16-bit matrix products with fp32 accumulation, FLOP/s.
         bandwidth: of its memory, bytes/s.
         bus: of its host bus, bytes/s one way.
+        launching: seconds that its host takes to launch the kernels of one block, forward and backward.
     """
 
     name: str
     flops: float
     bandwidth: float
     bus: float
+    launching: float = DESKTOP
 
 
 # 16-bit tensor-core FLOP/s, memory bandwidth and PCIe (about 80 % of its raw rate): round figures, none measured by us.
@@ -41,9 +44,9 @@ CARDS: tuple[Card, ...] = (
     Card("T4", 65e12, 320e9, 12e9),
     Card("L4", 121e12, 300e9, 24e9),
     Card("A10", 125e12, 600e9, 24e9),
-    Card("A100", 312e12, 1555e9, 24e9),
-    Card("H100", 800e12, 3000e9, 48e9),
-    Card("H200", 800e12, 4800e9, 48e9),
+    Card("A100", 312e12, 1555e9, 24e9, SERVER),
+    Card("H100", 800e12, 3000e9, 48e9, SERVER),
+    Card("H200", 800e12, 4800e9, 48e9, SERVER),
 )
 NOMINAL = Card("a small card", 50e12, 300e9, 12e9)
 

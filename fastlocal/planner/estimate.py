@@ -14,7 +14,7 @@ from fastlocal.boundary import Home
 from fastlocal.hosted import SLICE
 from fastlocal.module import LocalModule, Recompute
 from fastlocal.objectives import Objective
-from fastlocal.planner.cards import SECONDS_PER_BLOCK, USED, Card
+from fastlocal.planner.cards import USED, Card
 from fastlocal.planner.profile import Cost, Profile
 from fastlocal.residency import Keep, Weights
 
@@ -189,11 +189,12 @@ class Cut:
             host=round(self._host(residency, boundaries, weights)),
             compute=flops / plain,
             traffic=round(traffic),
-            # The card, the bus and the processor that launches kernels work side by side, so the slowest counts. Of the
-            # traffic each direction has half, and a tenth of that is taken to be waited for; weights that are not
-            # prefetched are waited for whole.
-            seconds=max(computing, traffic / 2 / card.bus, launched * SECONDS_PER_BLOCK)
-            + (0.05 * traffic + waited) / card.bus,
+            # The card, the bus and the processor that launches kernels work side by side, so the slowest counts, and a
+            # tenth of what bus and processor take, each way of the bus by itself, is taken to be waited for; weights that
+            # are not prefetched are waited for whole.
+            seconds=max(computing, traffic / 2 / card.bus, launched * card.launching)
+            + (0.05 * traffic + waited) / card.bus
+            + 0.1 * launched * card.launching,
         )
 
     def _fetched(self, residency: Keep, weights: Weights) -> float:
