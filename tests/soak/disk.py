@@ -13,6 +13,8 @@ from soak.processes import Processes
 
 LIMIT = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({0}, resource.RLIM_INFINITY))"
 
+TOLD = 300  # bytes that the sentence takes, which is written to a file as well
+
 
 def trials(processes: Processes, folder: Path, seed: int) -> Iterator[tuple[int, str]]:
     """Endless trials: the limit in bytes, and what went wrong, if anything did."""
@@ -24,7 +26,7 @@ def trials(processes: Processes, folder: Path, seed: int) -> Iterator[tuple[int,
     while True:
         run, limit = (
             folder / "full",
-            draw.choice((draw.randrange(2000), draw.randrange(largest), largest - draw.randrange(3000))),
+            draw.choice((draw.randrange(TOLD, 2000), draw.randrange(TOLD, largest), largest - draw.randrange(3000))),
         )
         shutil.rmtree(run, ignore_errors=True)
         told.unlink(missing_ok=True)
