@@ -41,6 +41,7 @@ def trials(processes: Processes, folder: Path, setup: str, seed: int) -> Iterato
     """Endless trials of one of `SETUPS`, in a folder of their own."""
     shutil.rmtree(folder, ignore_errors=True)
     flags = [*TINY, *SETUPS[setup], "--output", folder, "--experiment"]
+    assert processes.run(["--version"]) == 0  # the first waits for what all later ones have imported
     begun = time.monotonic()
     assert processes.run(["train", *flags, "straight"]) == 0
     usual, expected, draw = time.monotonic() - begun, result(folder / "straight"), random.Random(seed)
