@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import pytest
 from PIL import Image
 
@@ -44,6 +45,7 @@ def _palette() -> Image.Image:
     return image
 
 
+SINCE_13 = {"YCbCr", "RGBA ICO"}  # Pillow before 13 does not read the one, and writes no icon as small as the other
 SIXTEEN = np.array([[0, 257, 32768, 65535]], dtype=np.uint16)
 GREYS = [(0,) * 3, (1,) * 3, (128,) * 3, WHITE]
 
@@ -112,6 +114,10 @@ CASES |= {
 @pytest.mark.parametrize("case", CASES)
 def test_a_mode_is_read_as_it_is_seen(case: str) -> None:
     make, expected = CASES[case]
+    if case in SINCE_13 and int(PIL.__version__.partition(".")[0]) < 13:
+        with pytest.raises(UserError, match="image file x cannot be read"):
+            _pixels(make())
+        return
     found = np.array(_pixels(make()))
     assert np.abs(found - np.array(expected)).max() <= (3 if "JPEG" in case else 0), found.tolist()
 
