@@ -54,6 +54,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     "swin_transformer.SwinTransformer": {**SMALL_SWIN, "window_size": 3},  # pads, shifts
     "swin_transformer_v2.SwinTransformerV2": {**SMALL_SWIN, "window_size": 4},
     "swin_transformer_v2_cr.SwinTransformerV2Cr": {**SMALL_SWIN, "window_size": 2},
+    "tiny_vit.TinyVit": {"window_sizes": (4, 4, 2, 2)},
     "twins.Twins": {**STAGES, **WIDTHS, **HEADS},
     "vision_transformer.VisionTransformer": SMALL_VIT,
     "vision_transformer_relpos.VisionTransformerRelPos": SMALL_VIT,
@@ -72,7 +73,7 @@ IMAGE_SIZES = {
     "byobnet.ByobNet": 64, "coat.CoaT": 64, "cpubone.CPUBone": 64, "csatv2.CSATv2": 128, "davit.DaVit": 64,
     "edgenext.EdgeNeXt": 64, "fastvit.FastVit": 64, "hieradet_sam2.HieraDet": 128, "lowformer.LowFormer": 64,
     "metaformer.MetaFormer": 64, "naflexvit.NaFlexVit": 96, "nextvit.NextViT": 64, "qwen3_vit.Qwen3VitClassifier": 128,
-    "swiftformer.SwiftFormer": 64,
+    "swiftformer.SwiftFormer": 64, "tiny_vit.TinyVit": 64,
 }  # fmt: skip
 OWN_SIZE = ("bat_", "bot", "halo", "lambda")  # parts of names: their attention is built for one grid
 
