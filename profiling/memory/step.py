@@ -80,7 +80,7 @@ def measure(model: nn.Module, setup: Setup, batch_size: int) -> Result:
 
 def meter_step(model: nn.Module, setup: Setup, batch_size: int, device: torch.device | str = "cuda") -> Meter:
     """The meter of one step of ``setup`` in a dry run of training on ``device``, which is one of this machine's if it has a
-    number."""
+    number. It is about the peak: of a large module's slices the first are stepped on, so its traffic is not whole."""
     with _metered(model, setup, device) as (step, residency):
         if residency is not None:
             residency.rehearse_peaks()

@@ -29,9 +29,8 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("eva02_tiny_patch14_224", {**SMALL_VIT, "drop_path_rate": 0.2}),
     ("deit3_small_patch16_224", {**SMALL_VIT, "drop_path_rate": 0.2}),
 ]
-UNSEEN = (
-    "rel_pos.mlp.fc2.bias"  # added to a whole row of scores, which softmax takes out again: its gradient is rounding
-)
+# Added to a whole row of scores, which softmax takes out again: its gradient is rounding.
+UNSEEN = "rel_pos.mlp.fc2.bias"
 
 
 def build(name: str, **options: Any) -> tuple[nn.Module, Backbone]:

@@ -89,19 +89,12 @@ def test_each_method_moves_and_keeps_what_it_must(swin: nn.Module) -> None:
 def test_each_method_computes_what_it_must(swin: nn.Module) -> None:
     """FLOPs in forwards: one, one again for checkpointing, one for the gradients of activations, one for those of weights."""
     forward = count_flops(swin, Setup("rival", None, False, tuned=False), 4) / 3
-    known = {
-        "in-backward": 4,
-        "torchao": 4,
-        "8-bit": 4,
-        "fsdp": 4,
-        "fsdp bf16": 4,
-        "fsdp saved": 4,
-        "fsdp bf16 saved": 4,
-    }
-    known["lora"] = 3  # and some for the adapters, which this Swin is small beside
-    for name, forwards in known.items():
-        flops = count_flops(swin, Setup("rival", None, True, method=name), 4) / forward
-        assert flops == pytest.approx(forwards, rel=0.05) if name != "lora" else forwards < flops < 2 * forwards, name
+    for name in METHODS.keys() - {"lora", "badam"}:
+        assert count_flops(swin, Setup("rival", None, True, method=name), 4) / forward == pytest.approx(4, rel=0.05), (
+            name
+        )
+    # No gradients of weights, and some for the adapters, which this Swin is small beside; frozen layers alone would be one.
+    assert 3 < count_flops(swin, Setup("rival", None, True, method="lora"), 4) / forward < 6
 
 
 def test_what_moves_with_the_parts_is_counted_for_all_of_them(swin: nn.Module) -> None:

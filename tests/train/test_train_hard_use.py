@@ -221,7 +221,7 @@ class _Trouble:
 @pytest.mark.parametrize("trouble", ["killed", "no room", "stuck"])
 def test_workers_that_are_gone_or_stuck_are_noticed(trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "LOOK_EVERY", 1)
-    batches = workers.read_in_workers(_NoRoom(), [[0, 1], [2, 3]], _Trouble(trouble), 1)  # type: ignore[arg-type]
+    batches = workers.read_in_workers(_NoRoom(), [[0, 1], [2, 3]], _Trouble(trouble), 1)  # type: ignore[arg-type]  # it has items, and need be no Dataset
     assert next(batches) == [0, 1]
     monkeypatch.setattr(workers, "LONGEST_WAIT", 2 if trouble == "stuck" else 300)  # a worker's start may take longer
     begun = time.monotonic()
