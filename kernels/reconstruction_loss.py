@@ -180,7 +180,7 @@ def _run(
         losses = hidden.new_zeros(hidden.shape[0], dtype=_accumulate_dtype(hidden.dtype))
         for tile in _tiles(hidden, weight.shape[0]):
             losses[tile[0]] += _reference_loss(hidden[tile], weight, bias, patches[tile], kind, normalize_target)
-    return losses.div_(target[0].numel())
+    return losses.div_(math.prod(target.shape[1:]))
 
 
 def _fake(hidden: Tensor, *_: object) -> Tensor:
@@ -210,24 +210,25 @@ def _run_backward(
 
         tile_gradient = reconstruction_loss_triton.tile_gradient
 
-    upstream = upstream / target[0].numel()
+    upstream = upstream / math.prod(target.shape[1:])
     cast_weight = weight.to(hidden.dtype)
     patches = _patches(target, upsample)
     for tile in _tiles(hidden, weight.shape[0]):
+        tokens = _in_tile(hidden, tile)
         gradient, bias_sum = tile_gradient(
-            hidden[tile],
+            tokens,
             cast_weight,
             bias,
-            patches[tile],
-            upstream[tile[0]],
+            _in_tile(patches, tile),
+            _in_tile(upstream, tile[:1]),
             kind,
             normalize_target,
             needs_bias,
         )
         if needs_hidden:
-            torch.mm(gradient, cast_weight, out=d_hidden[tile].view(-1, hidden.shape[-1]))
+            torch.mm(gradient, cast_weight, out=_in_tile(d_hidden, tile).view(-1, hidden.shape[-1]))
         if needs_weight:
-            d_weight = _add_product(d_weight, gradient, hidden[tile].flatten(0, 2), sums)
+            d_weight = _add_product(d_weight, gradient, tokens.reshape(-1, hidden.shape[-1]), sums)
         if bias_sum is not None:
             d_bias = _add(d_bias, bias_sum)
     d_weight = weight.new_empty(0) if d_weight is None else d_weight.to(weight.dtype)
@@ -297,7 +298,8 @@ def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def _patches(target: Tensor, upsample: int) -> Tensor:
     """View [B, h·r, w·r, Ct] as [B, h, w, r, r, Ct]: the patch of each token."""
-    return target.unflatten(2, (-1, upsample)).unflatten(1, (-1, upsample)).transpose(2, 3)
+    batch, rows, columns, channels = target.shape
+    return target.view(batch, rows // upsample, upsample, columns // upsample, upsample, channels).transpose(2, 3)
 
 
 def _tile_tokens(outputs: int, channels: int, device: torch.device) -> int:
@@ -315,8 +317,20 @@ def _tiles(hidden: Tensor, outputs: int) -> Iterator[tuple[slice, slice, slice]]
     for size in reversed(shape):
         steps.insert(0, min(size, max(1, tokens)))
         tokens //= size
-    ranges = [[slice(i, i + step) for i in range(0, n, step)] for n, step in zip(shape, steps, strict=True)]
+    ranges = [
+        [ALL] if step == n else [slice(i, i + step) for i in range(0, n, step)]
+        for n, step in zip(shape, steps, strict=True)
+    ]
     yield from itertools.product(*ranges)
+
+
+ALL = slice(None)
+
+
+def _in_tile(tensor: Tensor, tile: tuple[slice, ...]) -> Tensor:
+    """``tensor[tile]``, without a view where that is all of it: with one tile, views would cost the processor more than the
+    products."""
+    return tensor if all(part is ALL for part in tile) else tensor[tile]
 
 
 def _add(total: Tensor | None, addend: Tensor) -> Tensor:

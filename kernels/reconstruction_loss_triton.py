@@ -8,6 +8,7 @@ few thousand tokens at a time: the two products that follow are plain ones, and 
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,11 +178,9 @@ def loss_sums(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, patches: Tensor, kind: str, normalize: bool
 ) -> Tensor:
     """The loss of each sample's tokens, summed: [B]. ``patches`` is the target as [B, h, w, r, r, Ct]."""
-    outputs = weight.shape[0]
+    outputs, (batch, height, width, _) = weight.shape[0], hidden.shape
     blocks = cdiv(outputs, _blocks(outputs, hidden.dtype, normalize).outputs)
-    losses = torch.empty(
-        (blocks, hidden.shape[0], hidden[0, ..., 0].numel()), dtype=torch.float32, device=hidden.device
-    )
+    losses = torch.empty((blocks, batch, height * width), dtype=torch.float32, device=hidden.device)
     _launch(hidden, weight, bias, patches, losses, losses, kind, normalize, backward=False)
     return losses.sum((0, 2))
 
@@ -192,7 +191,7 @@ def tile_gradient(
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The loss's gradient by the reconstruction, [tokens, r·r·Ct] in hidden's dtype, for ``upstream`` [B]; if it is needed,
     its sum over the tokens."""
-    tokens, outputs = hidden[..., 0].numel(), weight.shape[0]
+    tokens, outputs = math.prod(hidden.shape[:3]), weight.shape[0]
     gradient = torch.empty((tokens, outputs), dtype=hidden.dtype, device=hidden.device)
     sums = None
     if needs_bias:
