@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import statistics
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastlocal.profiling import results
@@ -31,6 +32,10 @@ class Group:
         """The mean of a number in the rows."""
         return statistics.fmean(row[name] for row in self.rows)
 
+    def on(self, card: str) -> Group:
+        """The rows taken on ``card`` alone, perhaps none."""
+        return replace(self, rows=tuple(row for row in self.rows if row["card"] == card))
+
     def gap(self, reference: Group) -> list[float]:
         """Points behind ``reference``, seed by seed, where both have the seed."""
         other = reference.accuracies
@@ -53,14 +58,19 @@ def tiers(rows: Sequence[Row]) -> Iterator[tuple[str, int, list[Group]]]:
 
 
 def markdown(recipe: Recipe, rows: Sequence[Row]) -> str:
-    """A table for each task and number of epochs."""
-    parts = [_tier(recipe, *tier) for tier in tiers(rows)]
+    """A table for each task and number of epochs; another for the seeds that nothing was chosen on, whose means are claims."""
+    chosen_on = [row for row in rows if row["seed"] in recipe.seeds]
+    others = [row for row in rows if row["seed"] not in recipe.seeds]
+    parts = [_tier(recipe, *tier) for tier in tiers(chosen_on)]
+    parts += [_tier(recipe, *tier, ", seeds that nothing was chosen on") for tier in tiers(others)]
     return "\n\n".join(([recipe.note] if recipe.note else []) + parts)
 
 
-def _tier(recipe: Recipe, task: str, epochs: int, found: Sequence[Group]) -> str:
+def _tier(recipe: Recipe, task: str, epochs: int, found: Sequence[Group], which: str = "") -> str:
     reference = next((group for group in found if group.variant == recipe.reference), None)
     longest = max((group.rows[0]["exits"] for group in found), key=len)
+    # What is learned does not hang on the card. How fast and in how many bytes does, and is told of one.
+    card = Counter(row["card"] for group in found for row in group.rows).most_common(1)[0][0]
     lines: list[dict[str, Any]] = []
     for group in found:
         exits = {
@@ -69,6 +79,7 @@ def _tier(recipe: Recipe, task: str, epochs: int, found: Sequence[Group]) -> str
         }
         gaps = group.gap(reference) if reference is not None and group is not reference else []
         published = recipe.published.get((task, group.variant))
+        timed = group.on(card)
         lines.append(
             {
                 "recipe": group.variant,
@@ -77,8 +88,8 @@ def _tier(recipe: Recipe, task: str, epochs: int, found: Sequence[Group]) -> str
                 "accuracy": spread(list(group.accuracies.values())),
                 "gap": spread(gaps, sign=True) if gaps else "",
                 "seeds": ", ".join(map(str, sorted(group.accuracies))),
-                "speed": group.mean("images_per_second"),
-                "peak": f"{group.mean('peak_bytes') / 2**20:,.0f}",
+                "speed": timed.mean("images_per_second") if timed.rows else None,
+                "peak": f"{timed.mean('peak_bytes') / 2**20:,.0f}" if timed.rows else None,
                 **({"published": f"{published:.2f}"} if published is not None else {}),
             }
         )
@@ -88,7 +99,8 @@ def _tier(recipe: Recipe, task: str, epochs: int, found: Sequence[Group]) -> str
     if any("published" in line for line in lines):
         columns["published"] = "published %"
     images = "{train_images:,} + {validation_images:,} images".format(**found[0].rows[0])
-    return f"{task}, {images}, {epochs} epochs\n\n{results.markdown_table(lines, columns)}"
+    heading = f"{task}, {images}, {epochs} epochs{which}; images/s and peak MiB on {card}"
+    return f"{heading}\n\n{results.markdown_table(lines, columns)}"
 
 
 def spread(values: Sequence[float], *, sign: bool = False) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -143,7 +144,14 @@ def test_exact_steps_cost_one_more_forward_of_all_modules_but_the_last() -> None
 
 
 def _row(variant: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:
-    cost = {"flops_ratio": 1.1, "images_per_second": 100.0, "peak_bytes": 2**20, "modules": 2, "options": {}}
+    cost = {
+        "flops_ratio": 1.1,
+        "images_per_second": 100.0,
+        "peak_bytes": 2**20,
+        "modules": 2,
+        "options": {},
+        "card": "CPU",
+    }
     images = {
         "train_images": 64,
         "validation_images": 40,
@@ -165,6 +173,25 @@ def test_gaps_are_taken_seed_by_seed() -> None:
     assert "| +1.00 ± 0.00" in text
     assert "0, 1, 2" in text
     assert table.spread([50.0]) == "50.00"  # one seed has no spread
+
+
+def test_a_claim_has_a_table_of_its_own() -> None:
+    """Seeds that a choice was made on say less than those that it was not."""
+    rows = [_row(variant, seed, 0.5 + seed / 100) for variant in ("end-to-end", "feature") for seed in (0, 1, 4)]
+    choice, claim = table.markdown(replace(STUDY, seeds=(0, 1)), rows).split("\n\ndigits")
+    assert "50.50 ± 0.71" in choice
+    assert claim.startswith(", 64 + 40 images, 2 epochs, seeds that nothing was chosen on; ")
+    assert "| 54.00 " in claim
+
+
+def test_speed_and_memory_are_of_one_card() -> None:
+    rows = [_row("end-to-end", 0, 0.5, images_per_second=3000.0, card="H100") for _ in range(2)]
+    rows += [_row("end-to-end", 1, 0.6), *(_row("feature", seed, 0.5, card="H100") for seed in (0, 1))]
+    rows += [_row("image", 0, 0.4)]
+    exact, _, image = table.markdown(STUDY, rows).splitlines()[-3:]
+    assert "55.00 ± 7.07" in exact, "both cards' accuracies count"
+    assert "3,000" in exact
+    assert image.split("|")[-3].strip() == "", "not timed on that card"
 
 
 def test_no_matplotlib_no_plots(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
