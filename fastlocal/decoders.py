@@ -64,7 +64,7 @@ class ProjectionDecoder(Decoder):
     def __init__(self, source: Geometry, target: Geometry, kind: Kind = "mse", normalize_target: bool = False) -> None:
         super().__init__(source, target, kind, normalize_target)
         self.projection = nn.Linear(source.channels, self.upsample**2 * target.channels)
-        nn.init.trunc_normal_(self.projection.weight, std=0.02)
+        nn.init.normal_(self.projection.weight, std=0.02)
         nn.init.zeros_(self.projection.bias)
 
     @abstractmethod
@@ -106,7 +106,7 @@ class MLPDecoder(ProjectionDecoder):
         super().__init__(source, target, kind, normalize_target)
         self.norm = nn.LayerNorm(source.channels)
         self.expand = nn.Linear(source.channels, source.channels)
-        nn.init.trunc_normal_(self.expand.weight, std=0.02)
+        nn.init.normal_(self.expand.weight, std=0.02)
         nn.init.zeros_(self.expand.bias)
 
     def hidden(self, h: Tensor) -> Tensor:
