@@ -482,7 +482,7 @@ class _Blocks:
     queries: int  # BLOCK_M
     keys: int  # BLOCK_N
     num_warps: int
-    num_stages: int  # 2 loads the next window while it works on this one
+    num_stages: int  # 2 loads the next window, or its next tile, while it works on this one
     resident: int  # programs that one multiprocessor holds at a time, by their registers
 
 
@@ -505,7 +505,9 @@ def _blocks(kernel: Any, tokens: int, head_dim: int, dtype: torch.dtype) -> _Blo
         wide = head_dim > 64
         return _Blocks(row, row, num_warps=row // 8 if wide else row // 16, num_stages=2, resident=1 if wide else 3)
     if kernel is _forward:
-        return _Blocks(64, 32, num_warps=4, num_stages=1, resident=2)
+        # Of windows this large, Triton 3.6 and 3.8 each spill one if its keys are loaded in one stage (on sm_86).
+        stages = 2 if tokens > 256 and head_dim <= 32 else 1
+        return _Blocks(64, 32, num_warps=4, num_stages=stages, resident=2)
     if kernel is _backward_keys:
         queries, keys = (32, 64) if head_dim <= 32 else (64, 32) if head_dim <= 64 else (32, 32)
         return _Blocks(queries, keys, num_warps=4, num_stages=1, resident=2)
