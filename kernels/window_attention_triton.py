@@ -511,8 +511,7 @@ def _blocks(kernel: Any, tokens: int, head_dim: int, dtype: torch.dtype) -> _Blo
     if kernel is _backward_keys:
         queries, keys = (32, 64) if head_dim <= 32 else (64, 32) if head_dim <= 64 else (32, 32)
         return _Blocks(queries, keys, num_warps=4, num_stages=1, resident=2)
-    wide = kernel is _backward_queries and head_dim > 64
-    return _Blocks(64, 64 if head_dim <= 32 else 32, num_warps=8 if wide else 4, num_stages=1, resident=2)
+    return _Blocks(64, 64 if head_dim <= 32 else 32, num_warps=8 if head_dim > 64 else 4, num_stages=1, resident=2)
 
 
 def _constants(
