@@ -213,7 +213,8 @@ def tables(counts: list[BlockTraffic]) -> str:
                 for source in count.forward
                 if count.variant in (EAGER, EAGER_FUSED)
             },
-            key=lambda source: -eager.forward.get(source, 0) - eager.backward.get(source, 0),
+            # By name where as many bytes move: the order of a set is another in every process.
+            key=lambda source: (-eager.forward.get(source, 0) - eager.backward.get(source, 0), source),
         )
         rows = [
             {"source": source}

@@ -180,6 +180,17 @@ def test_sources_of_a_block() -> None:
     assert "weight gradients" not in count.backward
 
 
+def test_sources_of_equal_traffic_are_told_by_name() -> None:
+    """Else the committed table would differ from one process to the next."""
+    names = [f"norm{i}" for i in range(9)]
+    counts = [
+        block_traffic.BlockTraffic("a block", variant, dict.fromkeys(names, 2**20), {})
+        for variant in block_traffic.VARIANTS
+    ]
+    lines = block_traffic.tables(counts).splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("| norm")] == names
+
+
 def test_torch_compile_is_asked_what_it_would_move() -> None:
     class Pointwise(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
