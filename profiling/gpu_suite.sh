@@ -41,6 +41,8 @@ sys.exit(found is None or os.path.realpath(found.origin) != os.path.realpath(sys
         "$python" -c "import importlib.util as u, sys; sys.exit(u.find_spec('$package') is None)" ||
             { echo "gpu_suite: $python has no $package; install it, or name another interpreter in PYTHON." >&2; exit 2; }
     done
+    # What is too old is told and not refused: most parts run all the same.
+    "$python" -m pip check 2>/dev/null | sed -n 's/^fastlocal /gpu_suite: fastlocal /p' >&2
 
     status=0
     declare -A outcome seconds

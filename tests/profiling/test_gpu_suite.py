@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -32,8 +33,8 @@ def _rows(output: Path, name: str) -> list[dict[str, Any]]:
     return results.read_rows(next(output.glob(f"*/{name}.jsonl")))
 
 
-def _run(output: Path, *parts: str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "PYTHON": sys.executable, "OUTPUT": str(output), "CUDA_VISIBLE_DEVICES": ""}
+def _run(output: Path, *parts: str, **more: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHON": sys.executable, "OUTPUT": str(output), "CUDA_VISIBLE_DEVICES": "", **more}
     return subprocess.run(["bash", str(SCRIPT), *parts], capture_output=True, text=True, env=environment, timeout=300)
 
 
@@ -54,6 +55,15 @@ def test_without_a_card_the_script_says_what_is_missing(tmp_path: Path) -> None:
     assert "Missing without a card: the timing of every fused op" in done.stdout
     assert "| kernels     | ok " in done.stdout
     assert not list(tmp_path.iterdir())
+
+
+def test_a_package_that_is_too_old_is_told(tmp_path: Path) -> None:
+    metadata = tmp_path / "site" / "timm-0.9.dist-info" / "METADATA"
+    metadata.parent.mkdir(parents=True)
+    metadata.write_text("Metadata-Version: 2.1\nName: timm\nVersion: 0.9\n")
+    done = _run(tmp_path / "rows", "kernels", PYTHONPATH=str(tmp_path / "site"))
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"^gpu_suite: fastlocal .*timm>=.*, but you have timm 0\.9", done.stderr, re.MULTILINE)
 
 
 def test_correctness_is_checked_once_per_commit_and_a_wrong_op_is_told(
