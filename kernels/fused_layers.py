@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torchvision.models import swin_transformer as torchvision_swin
 
 from fastlocal.kernels.attention import attention
+from fastlocal.kernels.rotary_embedding import rotary_embedding
 from fastlocal.kernels.window_attention import window_attention
 
 Layer = Any  # timm's have no types for their attributes
@@ -214,12 +215,16 @@ def _rotate_and_attend(layer: Layer, x: Tensor, rope: Tensor | None) -> Tensor:
     q, k, v = _heads(layer, x)
     q, k = layer.q_norm(q), layer.k_norm(k)
     if rope is not None:
-        prefix, half = layer.num_prefix_tokens, getattr(layer, "rotate_half", False)
-        q, k = (
-            torch.cat([tokens[:, :, :prefix], apply_rot_embed_cat(tokens[:, :, prefix:], rope, half=half)], 2)
-            for tokens in (q, k)
-        )
+        q, k = _rotate(layer, q, rope), _rotate(layer, k, rope)
     return _attend(layer, x, q, k, v)
+
+
+def _rotate(layer: Layer, x: Tensor, rope: Tensor) -> Tensor:
+    prefix, half = layer.num_prefix_tokens, getattr(layer, "rotate_half", False)
+    if rope.ndim == 2 and not rope.requires_grad:
+        return rotary_embedding(x, rope, prefix=prefix, half=half)
+    # Angles that are learnt, or each head's own.
+    return torch.cat([x[:, :, :prefix], apply_rot_embed_cat(x[:, :, prefix:], rope, half=half)], 2)
 
 
 def _attend(layer: Layer, x: Tensor, q: Tensor, k: Tensor, v: Tensor, *, bias: Tensor | None = None) -> Tensor:

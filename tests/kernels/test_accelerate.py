@@ -59,6 +59,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], int, int]] = {
         2,
     ),
     "eva": ("eva02_tiny_patch14_224", {"img_size": 56, "depth": 2}, 56, 2),
+    "dinov3": ("vit_small_patch16_dinov3", {"img_size": 64, "depth": 2, "embed_dim": 96, "num_heads": 3}, 64, 2),
     "vit-8-channel-heads": (
         "vit_tiny_patch16_224",
         {"img_size": 64, "depth": 1, "embed_dim": 48, "num_heads": 6},
@@ -272,12 +273,18 @@ def test_a_part_of_a_model() -> None:
 
 def test_calls_the_fused_ops() -> None:
     """Not only equal to timm: it is the ops that run."""
-    for name, op in (("swin", "window_attention"), ("vit", "attention"), ("beit", "attention"), ("eva", "attention")):
+    rotations = [(name, "rotary_embedding", 2) for name in ("eva", "dinov3")]
+    for name, op, times in (
+        ("swin", "window_attention", 1),
+        ("vit", "attention", 1),
+        ("beit", "attention", 1),
+        *rotations,
+    ):
         model, images, layers = build(name)
         accelerate(model)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             model(images)
-        assert {event.key: event.count for event in profile.key_averages()}[f"fastlocal::{op}"] == layers
+        assert {event.key: event.count for event in profile.key_averages()}[f"fastlocal::{op}"] == times * layers
 
 
 def test_mask_of_the_caller_runs_timms_code() -> None:

@@ -13,7 +13,15 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import grad, hessian, jacrev, jvp, vmap
 
-from fastlocal.kernels import attention, dispatch, reconstruction_loss, registration, use_kernels, window_attention
+from fastlocal.kernels import (
+    attention,
+    dispatch,
+    reconstruction_loss,
+    registration,
+    rotary_embedding,
+    use_kernels,
+    window_attention,
+)
 
 
 class Case(NamedTuple):
@@ -24,7 +32,7 @@ class Case(NamedTuple):
 def _cases() -> dict[str, Case]:
     """On the default device."""
     torch.manual_seed(0)
-    target = torch.randn(1, 4, 4, 2)
+    target, angles = torch.randn(1, 4, 4, 2), torch.randn(3, 8)
     return {
         "window_attention": Case(
             lambda qkv, table: window_attention(qkv, table, num_heads=1, window_size=2, shift=1),
@@ -36,6 +44,7 @@ def _cases() -> dict[str, Case]:
             ),
             (torch.randn(1, 2, 2, 3), torch.randn(8, 3)),
         ),
+        "rotary_embedding": Case(lambda x: rotary_embedding(x, angles, prefix=1), (torch.randn(2, 2, 4, 4),)),
     }
 
 
@@ -104,7 +113,10 @@ def test_compiled_forward_mode_is_refused(case: Case) -> None:
         compiled(*case.inputs)
 
 
-def test_second_derivatives_are_refused(case: Case) -> None:
+@pytest.mark.parametrize("name", ["window_attention", "reconstruction_loss"])
+def test_second_derivatives_are_refused(name: str) -> None:
+    case = _cases()[name]
+
     def loss(x: Tensor) -> Tensor:
         return case.function(x, *case.inputs[1:]).square().sum()
 
@@ -238,8 +250,10 @@ def test_one_binary_for_every_image_size(monkeypatch: pytest.MonkeyPatch) -> Non
         with use_kernels("triton"):
             _eager_gradients(lambda *x: window_attention(*x, num_heads=1, window_size=4, shift=2), (qkv, table))
             _eager_gradients(lambda *x, target=target: reconstruction_loss(*x, None, target), (hidden, weight))
+            tokens, angles = torch.randn(1, 1, height * width, 16), torch.randn(height * width - 1, 32)
+            _eager_gradients(lambda x, angles=angles: rotary_embedding(x, angles, prefix=1), (tokens,))
         counts.append(len(binaries))
-    assert counts[0] == counts[-1] == 5, sorted(binaries)  # forward, backward, sum; loss, gradient
+    assert counts[0] == counts[-1] == 7, sorted(binaries)  # forward, backward, sum; loss, gradient; forward, gradient
 
 
 @pytest.mark.usefixtures("interpreter")
@@ -266,10 +280,11 @@ def test_every_launch_says_what_its_kernel_is_compiled_with(monkeypatch: pytest.
                 _eager_gradients(lambda x, q=q, k=k, v=v: attention(q, k, v, bias=x), (bias,))
         hidden, weight, target = torch.randn(1, 4, 4, 16), torch.randn(8, 16), torch.randn(1, 4, 4, 8)
         _eager_gradients(lambda *x: reconstruction_loss(*x, None, target, normalize_target=True), (hidden, weight))
+        _eager_gradients(lambda x: rotary_embedding(x, torch.randn(8, 32)), (torch.randn(1, 1, 8, 16),))
     assert {name for name, said in launched.items() if len(said) < 3} == set()
     cases = [
         case
-        for name in ("attention", "reconstruction_loss", "window_attention")
+        for name in ("attention", "reconstruction_loss", "rotary_embedding", "window_attention")
         for case in import_module(f"fastlocal.kernels.{name}_triton").compile_cases()
     ]
     assert set(launched) == {case.kernel.fn.__name__ for case in cases}
