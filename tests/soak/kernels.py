@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlocal.kernels import attention, reconstruction_loss, use_kernels, window_attention
+from fastlocal.kernels import attention, reconstruction_loss, rotary_embedding, use_kernels, window_attention
 
 # Interpreted bfloat16 truncates where a card rounds.
 LIMITS = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
@@ -46,7 +46,8 @@ def compare(seed: int) -> Comparison:
     choose = random.Random(seed)
     torch.manual_seed(seed)
     dtype = choose.choice(list(LIMITS))
-    problem = choose.choice([_attention, _window_attention, _reconstruction_loss])(choose, dtype)
+    makers = [_attention, _window_attention, _reconstruction_loss, _rotary_embedding]
+    problem = choose.choice(makers)(choose, dtype)
     kernels: Any = choose.choice(["triton", "triton", "reference"])
     ours = [tensor.detach().requires_grad_(choose.random() < 0.7) for tensor in problem.inputs]
     exact = [tensor.detach().double().requires_grad_(tensor.requires_grad) for tensor in ours]
@@ -194,3 +195,25 @@ def _reconstruction_loss(choose: random.Random, dtype: torch.dtype) -> Problem:
         return losses[kind](made.reshape(wanted.shape), wanted, reduction="none").mean((1, 2, 3))
 
     return Problem("reconstruction_loss", ours, exact, [hidden.to(dtype), weight, bias])
+
+
+def _rotary_embedding(choose: random.Random, dtype: torch.dtype) -> Problem:
+    batch, heads, tokens = choose.randint(1, 3), choose.randint(1, 3), choose.randint(1, 150)
+    pairs, prefix, half = choose.randint(1, 40), choose.choice([0, choose.randint(0, tokens)]), choose.random() < 0.5
+    x = _strided(choose, batch, heads, tokens, 2 * pairs)
+    table = torch.randn(tokens - prefix, 4 * pairs)  # no angles: each channel has a sine and a cosine of its own
+    first = torch.arange(pairs) if half else 2 * torch.arange(pairs)
+    second = first + (pairs if half else 1)
+
+    def ours(x: Tensor) -> Tensor:
+        return rotary_embedding(x, table, prefix=prefix, half=half)
+
+    def exact(x: Tensor) -> Tensor:
+        """Pair by pair."""
+        sines, cosines = table.double().chunk(2, 1)
+        out, (a, b) = x.clone(), (x[:, :, prefix:, first], x[:, :, prefix:, second])
+        out[:, :, prefix:, first] = a * cosines[:, first] - b * sines[:, first]
+        out[:, :, prefix:, second] = b * cosines[:, second] + a * sines[:, second]
+        return out
+
+    return Problem("rotary_embedding", ours, exact, [x.to(dtype)])
