@@ -6,6 +6,7 @@ do not. So two sizes tell.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from types import FunctionType
@@ -13,7 +14,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from fastlocal import memory
 from fastlocal.backbones import Backbone, Part
@@ -77,16 +78,17 @@ class Profile:
         self.stem = self._cost(view.stem, view.image, first=True)
         self.blocks = [self._cost(block, view.boundaries[i]) for i, block in enumerate(view.blocks)]
         self.head = self._cost(view.head, view.boundaries[-1])
+        width = (amp_dtype or torch.float32).itemsize
+        self._boundaries = [width * math.prod(one.shape) for one in view.boundaries]
 
     def boundary(self, i: int) -> int:
         """Bytes of a sample between blocks ``i - 1`` and ``i``."""
-        width = (self.amp_dtype or torch.float32).itemsize
-        return width * torch.Size(self.view.boundaries[i].shape).numel()
+        return self._boundaries[i]
 
     @property
     def image(self) -> int:
         """Bytes of an image as uint8."""
-        return torch.Size(self.view.image.shape).numel()
+        return math.prod(self.view.image.shape)
 
     def heads(self, module: LocalModule, objective: Objective) -> Cost:
         """The cost of the auxiliary head and the decoder of ``module``."""
@@ -138,18 +140,31 @@ class Profile:
         dtype = torch.float32 if first else self.amp_dtype or torch.float32
         x = torch.empty(samples, *source.shape, dtype=dtype, device="cpu", requires_grad=not first)
         beside = [torch.empty(samples, *one.shape, dtype=dtype, device="cpu") for one in extra]
-        with memory.Meter(part, x, *beside) as meter, FlopCounterMode(display=False) as counter:
+        meter = _Meter(part, x, *beside)
+        with meter:
             held = meter.live
             with torch.autocast("cpu", self.amp_dtype, enabled=self.amp_dtype is not None, cache_enabled=False):
                 output = part(x, *beside)
             output = output[1] if isinstance(output, tuple) else output
-            forward, saved = counter.get_total_flops(), meter.live - held - output.nbytes
+            forward, saved = meter.flops, meter.live - held - output.nbytes
             upstream = torch.empty_like(output)
             if output.requires_grad:
                 output.backward(upstream)
-            backward = counter.get_total_flops() - forward
             own = output.nbytes + upstream.nbytes
-        return max(saved, 0), max(meter.peak - held - max(saved, 0) - own, 0), forward, backward
+        return max(saved, 0), max(meter.peak - held - max(saved, 0) - own, 0), forward, meter.flops - forward
+
+
+class _Meter(memory.Meter):
+    """A meter that counts FLOPs as torch does, too. A `FlopCounterMode` beside it would take as long as all else."""
+
+    flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = super().__torch_dispatch__(func, types, args, kwargs)
+        formula = flop_registry.get(func.overloadpacket)
+        if formula is not None and result is not NotImplemented:
+            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+        return result
 
 
 class _Heads(nn.Module):
@@ -186,5 +201,10 @@ def structure(part: Any) -> Hashable:
 
 def _settings(layer: nn.Module) -> Hashable:
     """What an adapter's or a library's layer holds beside tensors and layers, such as the size of its windows."""
-    plain = (bool, int, float, str, tuple, type(None))
-    return tuple((name, repr(value)) for name, value in vars(layer).items() if isinstance(value, plain))
+    return tuple((name, repr(value)) for name, value in vars(layer).items() if _is_plain(value))
+
+
+def _is_plain(value: Any) -> bool:
+    return (
+        all(map(_is_plain, value)) if isinstance(value, tuple) else isinstance(value, bool | int | float | str | None)
+    )
