@@ -30,14 +30,13 @@ import os
 import re
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import (
     TorchDispatchMode,
-    is_traceable_wrapper_subclass,
     is_traceable_wrapper_subclass_type,
 )
 from torch.utils.weak import WeakIdKeyDictionary
@@ -244,7 +243,7 @@ class Meter(TorchDispatchMode):
         share = 1 if points is None else -(-(len(self._events) - self._start + 1) // points)
         line: list[tuple[int, dict[Kind, int]]] = []
         total = -1
-        for index, state in enumerate(self._states(device or str(self.device))):
+        for index, state in enumerate(self.states(device)):
             bytes_now = sum(state.values())
             if index % share == 0:
                 line.append((index, dict(state)))
@@ -254,8 +253,9 @@ class Meter(TorchDispatchMode):
                 total = bytes_now
         return line
 
-    def _states(self, pool: str) -> Iterator[dict[Kind, int]]:
+    def states(self, device: str | None = None) -> Iterator[dict[Kind, int]]:
         """The bytes by kind at the start of the block and after every event: one dictionary, changed."""
+        pool = device or str(self.device)
         state: dict[Kind, int] = dict.fromkeys(KINDS, 0)
         for index, (record, change) in enumerate(self._events):
             if index == self._start:
@@ -298,24 +298,24 @@ class Meter(TorchDispatchMode):
         self._records.clear()  # drops the weak references, and with them what would have been counted later
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if any(is_traceable_wrapper_subclass_type(kind) for kind in types):
+        if func is torch.ops.prim.device.default:  # of a fake tensor; more than half of what a dry run calls
+            return args[0].device
+        if any(map(_is_wrapper, types)):
             return NotImplemented  # the subclass runs first; its inner operations come back here
         kwargs = kwargs or {}
-        if func is torch.ops.prim.device.default:  # of a fake tensor; more than half of what a dry run calls
-            return func(*args, **kwargs)
         if self._undecided and torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled():
             # A backward operation. What the forward made and is still held was saved by autograd.
             for record in self._undecided.values():
                 record.kind = "graph" if record.kind == "temporary" else record.kind
             self._undecided.clear()
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             if isinstance(tensor, nn.Parameter):
                 self._see(tensor, "parameters")
                 self._watch_gradient(tensor)
             else:
                 self._see(tensor, None)
         result = func(*args, **kwargs)
-        for tensor in _tensors((result,)):
+        for tensor in tensors_in((result,)):
             self._see(tensor, None, made=True)
         if func in _COPIES:
             copied = args[1] if func is torch.ops.aten.copy_.default else args[0]
@@ -425,22 +425,27 @@ def _with_gradients(parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, Kind
             yield parameter.grad, "gradients"
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
+def tensors_in(tree: Any) -> Iterator[Tensor]:
     """The tensors in an operation's arguments or results."""
     if isinstance(tree, Tensor):
         yield tree
     elif isinstance(tree, (tuple, list)):
         for branch in tree:
-            yield from _tensors(branch)
+            yield from tensors_in(branch)
     elif isinstance(tree, dict):
         for branch in tree.values():
-            yield from _tensors(branch)
+            yield from tensors_in(branch)
+
+
+@functools.cache
+def _is_wrapper(kind: type) -> bool:
+    return is_traceable_wrapper_subclass_type(kind)
 
 
 def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     """The memory behind ``tensor``: of its parts if it is a wrapper; none on ``meta`` or without strides (sparse)."""
-    if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
+    if _is_wrapper(type(tensor)):
+        for name in cast(Any, tensor).__tensor_flatten__()[0]:
             part = getattr(tensor, name)
             if isinstance(part, Tensor):  # a DTensor counts its device mesh among its parts
                 yield from _storages(part)

@@ -8,19 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from fastlocal import memory
+from fastlocal.dry_run import without_values
 from fastlocal.geometry import Geometry
+from fastlocal.memory import tensors_in
 
 Function = Callable[[Any], Any]
 
@@ -194,7 +192,7 @@ class Backbone:
                     part.register_parameter(name, parameter)
             return y
 
-        with unchanged_by(self.model), without_values(weight.device), torch.no_grad():
+        with unchanged_by(self.model), without_values(), torch.no_grad():
             x = run(self.stem, torch.empty(2, *self.image.shape, dtype=weight.dtype, device=weight.device))
             boundaries.append(_geometry(x, self.image, prefix, layout, "the stem"))
             for i, block in enumerate(self.blocks):
@@ -227,21 +225,6 @@ def _unchanged(x: Any) -> Any:
 
 
 @contextlib.contextmanager
-def without_values(device: torch.device) -> Iterator[None]:
-    """Operations give tensors that have shapes and no values, also where they read real parameters."""
-    if memory.is_dry_run() or device.type == "meta":
-        yield
-    else:
-        log = logging.getLogger("torch._subclasses.fake_tensor")  # it tells of each error that is raised anyway
-        silent, log.disabled = log.disabled, True
-        try:
-            with FakeTensorMode(allow_non_fake_inputs=True):
-                yield
-        finally:
-            log.disabled = silent
-
-
-@contextlib.contextmanager
 def unchanged_by(model: nn.Module) -> Iterator[None]:
     """``model`` forgets what it kept in this block, such as tables that some make at their first call."""
 
@@ -265,9 +248,9 @@ class _Parameters(TorchDispatchMode):
         self.seen: dict[nn.Parameter, None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, nn.Parameter):
-                self.seen[leaf] = None
+        for tensor in tensors_in((args, kwargs)):
+            if isinstance(tensor, nn.Parameter):
+                self.seen[tensor] = None
         return func(*args, **(kwargs or {}))
 
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastlocal.backbones import Backbone
-from fastlocal.backbones.backbone import unchanged_by, without_values
+from fastlocal.backbones.backbone import unchanged_by
 from fastlocal.distributed.module_parallel import assign
 from fastlocal.distributed.ranks import Ranks
+from fastlocal.dry_run import without_values
 from fastlocal.module import LocalModule
 from fastlocal.objectives import Objective
 
@@ -92,7 +93,7 @@ def forward_flops(modules: Sequence[LocalModule], backbone: Backbone, objective:
     about: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
     counts: list[float] = []
     for module in modules:
-        with unchanged_by(module), without_values(weight.device), FlopCounterMode(display=False) as counter:
+        with unchanged_by(module), without_values(), FlopCounterMode(display=False) as counter:
             image = torch.empty(1, *backbone.image.shape, **about)
             entering = (
                 image

@@ -72,7 +72,7 @@ def _peak(
         sum(kinds.values())
         + math.ceil(more * (kinds["boundary"] + kinds["inputs"]) * (plan.boundaries == "device"))
         + (before if begin < i < end else 0)
-        for i, kinds in meter.timeline(device="cpu")
+        for i, kinds in enumerate(meter.states("cpu"))
     )
 
 
