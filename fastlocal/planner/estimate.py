@@ -143,6 +143,8 @@ class Cut:
         self.measures_residual = [module.measure_residual for module in modules]
         self._heads = [profile.heads(module, objective) if module.heads else None for module in modules]
         self.parts = [self._parts(k) for k in range(len(modules))]
+        # The same for many ways to train.
+        self._graphs, self._standings = functools.cache(self._graph), functools.cache(self._standing)
 
     @property
     def cuts(self) -> tuple[int, ...]:
@@ -252,15 +254,14 @@ class Cut:
         )
         peak = 0.0
         for k in modules:
-            computing = self._graph(k, micro_batch, recompute, weights)
-            largest = max(part.trained for part in self.parts[k])
-            temporaries = self._trained[k] if self.foreach else largest / 4
+            computing = self._graphs(k, micro_batch, recompute, weights)
+            temporaries = self._trained[k] if self.foreach else max(part.trained for part in self.parts[k]) / 4
             if residency != "all":  # two slices of the states and of the master, and temporaries of one
                 temporaries = min(4 * SLICE, self._trained[k] / 2) * (2 * self.states + 1 + 2 * (weights == "low"))
             neighbour = (k - 1 if self.objective.exact and k else k + 1) if len(modules) > 1 else k
             here = held[k] + (held[neighbour] if prefetch and neighbour != k and neighbour < len(held) else 0)
             here = here if residency == "module" else 0
-            standing = self._standing(k, micro_batch, boundaries)
+            standing = self._standings(k, micro_batch, boundaries)
             peak = max(peak, everything + here + self._trained[k] + max(computing, temporaries) + standing)
         return peak
 
