@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, NamedTuple, cast
 
@@ -344,9 +344,9 @@ def _described(value: Any, mode: FakeTensorMode) -> Any:
             raise _Unknown
         return value.shape, value.stride(), value.dtype, _device(value)
     if isinstance(value, (tuple, list)):
-        return tuple(_described(one, mode) for one in value)
-    if isinstance(value, Mapping):
-        return tuple((name, _described(one, mode)) for name, one in value.items())
+        return tuple([_described(one, mode) for one in value])
+    if isinstance(value, dict):
+        return tuple([(name, _described(one, mode)) for name, one in value.items()])
     return value if type(value) is not float and type(value) is not bool else (type(value), value)  # 1 == 1.0 == True
 
 
@@ -380,7 +380,7 @@ def _on_meta(value: Any, devices: set[torch.device]) -> Any:
         return torch.device("meta")
     if isinstance(value, (tuple, list)):
         return [_on_meta(one, devices) for one in value]
-    return {name: _on_meta(one, devices) for name, one in value.items()} if isinstance(value, Mapping) else value
+    return {name: _on_meta(one, devices) for name, one in value.items()} if isinstance(value, dict) else value
 
 
 def _told(result: Any, args: Any, kind: _Kind, device: torch.device | None = None) -> _Result | None:

@@ -298,11 +298,13 @@ class Meter(TorchDispatchMode):
         self._records.clear()  # drops the weak references, and with them what would have been counted later
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._follow(func, types, args, kwargs or {})
+
+    def _follow(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         if func is torch.ops.prim.device.default:  # of a fake tensor; more than half of what a dry run calls
             return args[0].device
         if any(map(_is_wrapper, types)):
             return NotImplemented  # the subclass runs first; its inner operations come back here
-        kwargs = kwargs or {}
         if self._undecided and torch._C._current_graph_task_id() != -1 and not torch.is_grad_enabled():
             # A backward operation. What the forward made and is still held was saved by autograd.
             for record in self._undecided.values():
@@ -315,14 +317,14 @@ class Meter(TorchDispatchMode):
             else:
                 self._see(tensor, None)
         result = func(*args, **kwargs)
-        for tensor in tensors_in((result,)):
+        for tensor in tensors_in(result):
             self._see(tensor, None, made=True)
         if func in _COPIES:
             copied = args[1] if func is torch.ops.aten.copy_.default else args[0]
             if self._pool(copied) != self._pool(result):
                 self.traffic += copied.nbytes
         if scratch := self._scratch(func, args):
-            record = _Record(str(args[0].device), "temporary")
+            record = _Record(_name(args[0].device), "temporary")
             self._count(record, scratch)
             self._count(record, 0)
         return result
@@ -342,7 +344,7 @@ class Meter(TorchDispatchMode):
             key = id(storage)
             record = self._records.get(key)
             if record is None:
-                record = _Record(str(tensor.device), kind or ("temporary" if made else "inputs"))
+                record = _Record(_name(tensor.device), kind or ("temporary" if made else "inputs"))
                 record.reference = weakref.ref(storage, functools.partial(self._release, key))
                 self._records[key] = record
                 if made and torch.is_grad_enabled():
@@ -402,6 +404,18 @@ class Meter(TorchDispatchMode):
             self._see(tensor, kind)
 
 
+class DryMeter(Meter):
+    """A meter for `dry_run`s alone. torch hides each call of a mode from its compiler, which takes as long as the rest, and in
+    a dry run nothing is compiled."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self._follow(func, types, args, kwargs or {})
+
+
 def _given_tensors(given: Iterable[nn.Module | torch.optim.Optimizer | Tensor]) -> Iterator[tuple[Tensor, Kind]]:
     """Every tensor of modules and optimizers, and what it is for."""
     for one in given:
@@ -425,16 +439,21 @@ def _with_gradients(parameters: Iterable[Tensor]) -> Iterator[tuple[Tensor, Kind
             yield parameter.grad, "gradients"
 
 
-def tensors_in(tree: Any) -> Iterator[Tensor]:
+def tensors_in(tree: Any) -> list[Tensor]:
     """The tensors in an operation's arguments or results."""
     if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, (tuple, list)):
-        for branch in tree:
-            yield from tensors_in(branch)
-    elif isinstance(tree, dict):
-        for branch in tree.values():
-            yield from tensors_in(branch)
+        return [tree]
+    branches = tree if isinstance(tree, (tuple, list)) else tree.values() if isinstance(tree, dict) else ()
+    found: list[Tensor] = []
+    for branch in branches:
+        if isinstance(branch, Tensor):
+            found.append(branch)
+        elif isinstance(branch, (tuple, list, dict)):
+            found += tensors_in(branch)
+    return found
+
+
+_name = functools.cache(str)  # of a device
 
 
 @functools.cache
@@ -442,12 +461,12 @@ def _is_wrapper(kind: type) -> bool:
     return is_traceable_wrapper_subclass_type(kind)
 
 
-def _storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
+def _storages(tensor: Tensor) -> Sequence[torch.UntypedStorage]:
     """The memory behind ``tensor``: of its parts if it is a wrapper; none on ``meta`` or without strides (sparse)."""
     if _is_wrapper(type(tensor)):
-        for name in cast(Any, tensor).__tensor_flatten__()[0]:
-            part = getattr(tensor, name)
-            if isinstance(part, Tensor):  # a DTensor counts its device mesh among its parts
-                yield from _storages(part)
-    elif tensor.layout is torch.strided and tensor.device.type != "meta":
-        yield tensor.untyped_storage()
+        parts = (getattr(tensor, name) for name in cast(Any, tensor).__tensor_flatten__()[0])
+        # A DTensor counts its device mesh among its parts.
+        return [storage for part in parts if isinstance(part, Tensor) for storage in _storages(part)]
+    if tensor.layout is torch.strided and tensor.device.type != "meta":
+        return (tensor.untyped_storage(),)
+    return ()

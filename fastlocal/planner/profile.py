@@ -154,16 +154,16 @@ class Profile:
         return max(saved, 0), max(meter.peak - held - max(saved, 0) - own, 0), forward, meter.flops - forward
 
 
-class _Meter(memory.Meter):
+class _Meter(memory.DryMeter):
     """A meter that counts FLOPs as torch does, too. A `FlopCounterMode` beside it would take as long as all else."""
 
     flops = 0
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = super().__torch_dispatch__(func, types, args, kwargs)
+    def _follow(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
+        result = super()._follow(func, types, args, kwargs)
         formula = flop_registry.get(func.overloadpacket)
         if formula is not None and result is not NotImplemented:
-            self.flops += formula(*args, **(kwargs or {}), out_val=result)
+            self.flops += formula(*args, **kwargs, out_val=result)
         return result
 
 

@@ -61,7 +61,7 @@ def _peak(
     given: list[Any] = [trainer.model, *(module.heads for module in trainer.modules), *trainer.optimizers]
     given += [trainer.ema.module] if trainer.ema is not None else []
     first: list[int] = []  # the number of the event before each time module 1 is on the device
-    with memory.Meter(*given, images, labels, card=card) as meter, _noting(trainer, meter, first):
+    with memory.DryMeter(*given, images, labels, card=card) as meter, _noting(trainer, meter, first):
         trainer.step(images, labels, exact=exact)
     more = plan.batch_size / len(images) - 1  # of what scales with the batch: the rest repeats from part to part
     boundary = math.prod(trainer.backbone.boundaries[-1].shape) * (trainer.engine.amp_dtype or torch.float32).itemsize
