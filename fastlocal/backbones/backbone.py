@@ -241,13 +241,19 @@ def unchanged_by(model: nn.Module) -> Iterator[None]:
 
 
 class _Parameters(TorchDispatchMode):
-    """Notes the parameters that operations read, in their order."""
+    """Notes the parameters that operations read, in their order. For use among tensors without values."""
 
     def __init__(self) -> None:
         super().__init__()
         self.seen: dict[nn.Parameter, None] = {}
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled there, and hiding each call from the compiler takes as long as the rest
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:
+            return args[0].device
         for tensor in tensors_in((args, kwargs)):
             if isinstance(tensor, nn.Parameter):
                 self.seen[tensor] = None
