@@ -129,8 +129,9 @@ def train(argv: list[str]) -> int:
     if resumed is not None and preview is not None:
         raise UserError("--preview shows what a run would be given; leave --resume out.")
     config = TrainConfig.of(**given) if resumed is None else None  # a typing error is told before the heavy imports
-    if config is not None and (sentences := config.without_effect(parser.parse(argv))):
-        raise UserError(sentences[0])
+    if config is not None:
+        for sentence in config.without_effect(parser.parse(argv)).values():
+            raise UserError(sentence)
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     with end_at_once(), end_after_errors(LONGEST_END) if several else contextlib.nullcontext():

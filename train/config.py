@@ -105,8 +105,8 @@ class TrainConfig:
         """The value of the option with the flag ``name``."""
         return getattr(getattr(self, OPTIONS[name].group), OPTIONS[name].field.name)
 
-    def without_effect(self, given: Iterable[str]) -> list[str]:
-        """A sentence for each of the options ``given`` that another makes void."""
+    def without_effect(self, given: Iterable[str]) -> dict[str, str]:
+        """Those of the options ``given`` that another makes void, each with a sentence that says so."""
         archive = self.data.name.endswith(".tar") or self.data.name.startswith("wds/")
         needs = {
             "data_dir": (
@@ -163,13 +163,13 @@ class TrainConfig:
             needs[name] = (self.devices.parallel == "modules", "it needs --parallel modules", None)
         for name in ("modules", "micro_batch", "recompute", "residency"):
             needs[name] = (self.memory.budget is None, "--memory has the planner set it", None)
-        sentences = []
+        sentences = {}
         for name, (effective, reason, place) in needs.items():
             value = self.get(name)
             if name in given and not effective:
                 given_as = flag(name) + ("" if isinstance(value, bool) else f" {shown(value)}")
                 meant = f"; did you mean --data {place}?" if place and os.path.isdir(place) else "."
-                sentences.append(f"{given_as} would do nothing: {reason}{meant}")
+                sentences[name] = f"{given_as} would do nothing: {reason}{meant}"
         return sentences
 
     def is_exact(self, epoch: int, step: int) -> bool:

@@ -138,27 +138,31 @@ def command(plan: Plan, config: TrainConfig, start: str = "", more: Sequence[str
     Args:
         start: what stands before it, and ``more``: options after it.
     """
-    words = [f"{start}fastlocal train --data synthetic"]
+    if not plan.exact_share:  # no finish was asked for, or all steps are exact
+        config = config.changed(exact_epochs=0, exact_every=0)
+    words: dict[str, str] = {}
     for option, (_, entry) in OPTIONS.items():
         value = config.get(option)
         given = value != entry.default and value != {}
         if option not in _PASSED_ON or (not given and option != "model"):
             continue
         if option.endswith("_kwargs"):
-            words.append(" ".join([flag(option), *(shlex.quote(f"{name}={value}") for name, value in value.items())]))
+            words[option] = " ".join([flag(option), *(shlex.quote(f"{name}={one}") for name, one in value.items())])
         else:
-            words.append(flag(option) if value is True else f"{flag(option)} {shlex.quote(_text(value))}")
-    cuts = ",".join(map(str, plan.cuts)) + "," * (len(plan.cuts) == 1)  # "8," is a cut, and 8 a number of modules
-    settings = {**plan.arguments(), "modules": cuts or 1, "batch_size": plan.batch_size}
+            words[option] = flag(option) if value is True else f"{flag(option)} {shlex.quote(_text(value))}"
+    settings = {**plan.arguments(), "modules": plan.cuts or 1, "batch_size": plan.batch_size}
     if plan.exact_share and not config.learning.exact_every:
         epochs = config.optimization.epochs
         settings["exact_epochs"] = config.learning.exact_epochs or max(round(plan.exact_share * epochs), 1)
-    for name, value in settings.items():
-        negated = f"--no-{flag(name).removeprefix('--')}"
-        words.append(f"{flag(name)} {value}" if not isinstance(value, bool) else flag(name) if value else negated)
-    words += more
-    lines = [words[0]]
-    for word in words[1:]:
+    for option, value in settings.items():
+        if isinstance(value, bool):
+            words[option] = flag(option) if value else f"--no-{flag(option).removeprefix('--')}"
+        else:  # "8," is a cut, and 8 a number of modules
+            single = isinstance(value, tuple) and len(value) == 1
+            words[option] = f"{flag(option)} {_text(value)}{',' * single}"
+    void = config.changed(data="synthetic", memory=None, **settings).without_effect(words)  # which `train` refuses
+    lines = [f"{start}fastlocal train --data synthetic"]
+    for word in (*(word for option, word in words.items() if option not in void), *more):
         if len(lines[-1]) + len(word) + 3 > WIDTH:
             lines[-1] += " \\"
             lines.append("   ")

@@ -175,9 +175,9 @@ def test_mixup_is_timms() -> None:
     mixup = _mixup(TrainConfig.of(data="synthetic", **options), 5)
     assert mixup is not None
     assert (mixup.mix_prob, mixup.switch_prob, mixup.mode, mixup.cutmix_minmax) == (0.5, 0.3, "elem", (0.2, 0.8))
-    assert TrainConfig.of(data="synthetic", mixup_prob=0.5).without_effect(["mixup_prob"]) == [
-        "--mixup-prob 0.5 would do nothing: it needs --mixup or --cutmix."
-    ]
+    assert TrainConfig.of(data="synthetic", mixup_prob=0.5).without_effect(["mixup_prob"]) == {
+        "mixup_prob": "--mixup-prob 0.5 would do nothing: it needs --mixup or --cutmix."
+    }
 
 
 @pytest.mark.parametrize("name", NAMED)

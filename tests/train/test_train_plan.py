@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import timm
 
 from fastlocal import memory
-from fastlocal.planner import NOMINAL, Candidate, Plan, Search
+from fastlocal.planner import NOMINAL, Candidate, Plan, Search, search
 from fastlocal.train import cli
 from fastlocal.train.config import OPTIONS, TrainConfig
-from fastlocal.train.plan import show
+from fastlocal.train.plan import command, show
 
 MODEL = ["--model", "test_vit", "--batch-size", "8"]
 
@@ -31,10 +32,13 @@ def planned(capsys: pytest.CaptureFixture[str], *options: str) -> tuple[int, str
 
 
 def config_of(command: str) -> TrainConfig:
-    """What ``fastlocal train`` makes of a command as it is printed."""
+    """What ``fastlocal train`` makes of a command as it is printed; no option in it is void, which `train` would refuse."""
     words = shlex.split(command.replace("\\\n", " "))
     assert words[:2] == ["fastlocal", "train"]
-    return TrainConfig.of(**cli.options_of(cli.training_parser("fastlocal train", ""), words[2:]))
+    given = cli.options_of(cli.training_parser("fastlocal train", ""), words[2:])
+    config = TrainConfig.of(**given)
+    assert config.without_effect(given) == {}
+    return config
 
 
 def test_plain_training_is_recommended_where_it_fits(capsys: pytest.CaptureFixture[str]) -> None:
@@ -62,6 +66,23 @@ def test_the_command_says_what_the_plan_says(capsys: pytest.CaptureFixture[str])
     assert config.learning.modules == tuple(chosen["cuts"])  # one cut is no number of modules
     assert (config.optimization.opt, config.model.img_size) == ("lion", TrainConfig.of(img_size="64").model.img_size)
     assert all(candidate["accuracy"] == "local" for candidate in found["candidates"])
+
+
+def test_the_command_of_every_plan_is_one_that_train_takes() -> None:
+    """Whatever is planned for: an option that means nothing in a plan is not in its command."""
+    asked = TrainConfig.of(model="test_vit", decoder="mlp", first_target="patch", amp=True, exact_every=4, epochs=10)
+    searches = [
+        search(timm.create_model("test_vit", num_classes=10), batch_size=8, budget=budget, reserve=0, **more)
+        for budget in ("8MiB", "4GiB")
+        for more in ({}, {"objective": "feature", "exact_share": 0.25}, {"objective": "end-to-end"})
+    ]
+    plans = [candidate.plan for found in searches for candidate in (*found.candidates, *found.rivals)]
+    assert {plan.residency for plan in plans} == {"all", "optimizer", "module"}
+    assert {plan.accuracy for plan in plans} == {"exact", "local", "local + exact finish"}
+    assert {1, 2} < {plan.modules for plan in plans}
+    for plan in plans:
+        config = config_of(command(plan, asked))
+        assert (config.memory.residency, config.memory.micro_batch) == (plan.residency, plan.micro_batch)
 
 
 def test_an_exact_finish_is_planned_for_and_passed_on(capsys: pytest.CaptureFixture[str]) -> None:
