@@ -1,6 +1,6 @@
 """Rotary position embedding of queries or keys in one pass.
 
-Eager PyTorch takes seven, most of them in float32. It is not inside the attention kernel, where every block of queries
+Eager PyTorch takes a dozen, most of them in float32. It is not inside the attention kernel, where every block of queries
 would turn every key again: at 64 channels that is more arithmetic than the softmax. Reads from the public function down to
 the PyTorch reference; the Triton kernel is in `rotary_embedding_triton`.
 """
@@ -68,7 +68,7 @@ def _check(x: Tensor, table: Tensor, prefix: int) -> None:
 
 
 def _run(x: Tensor, table: Tensor, prefix: int, half: bool, inverse: bool, kernels: dispatch.Choice) -> Tensor:
-    """The rotation; or its inverse where sines and cosines are those of angles, and its transpose always: its gradient."""
+    """The rotation, or where ``inverse`` its transpose: its gradient, and for sines and cosines of angles its inverse."""
     if x.dtype != torch.float64 and dispatch.implementation(x.device, None, kernels) == "triton":
         from fastlocal.kernels import rotary_embedding_triton
 
