@@ -5,7 +5,8 @@
     register_backbone   tells of a whole class of models once
     plan, Plan          the fastest way to train within a memory budget
     kernels             fused ops: attention, window_attention,
-                        reconstruction_loss; accelerate(model)
+                        rotary_embedding, reconstruction_loss;
+                        accelerate(model)
 
 The names load on first use, so that ``import fastlocal`` and the command
 line's ``--help`` need neither torch nor timm.

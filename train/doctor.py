@@ -15,7 +15,7 @@ from fastlocal.bus import Bus, host_available
 from fastlocal.kernels import dispatch
 from fastlocal.train.cpu import has_bfloat16
 
-OPS = ("window_attention", "attention", "reconstruction_loss")
+OPS = ("window_attention", "attention", "rotary_embedding", "reconstruction_loss")
 
 
 def findings() -> Iterator[tuple[str, str]]:
