@@ -412,6 +412,7 @@ class DryMeter(Meter):
     def _should_skip_dynamo(cls) -> bool:
         return False
 
+    # Written again because torch asks `_should_skip_dynamo` of a class that has this method itself.
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self._follow(func, types, args, kwargs or {})
 

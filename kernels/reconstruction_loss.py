@@ -318,19 +318,16 @@ def _tiles(hidden: Tensor, outputs: int) -> Iterator[tuple[slice, slice, slice]]
         steps.insert(0, min(size, max(1, tokens)))
         tokens //= size
     ranges = [
-        [ALL] if step == n else [slice(i, i + step) for i in range(0, n, step)]
+        [slice(None)] if step == n else [slice(i, i + step) for i in range(0, n, step)]
         for n, step in zip(shape, steps, strict=True)
     ]
     yield from itertools.product(*ranges)
 
 
-ALL = slice(None)
-
-
 def _in_tile(tensor: Tensor, tile: tuple[slice, ...]) -> Tensor:
     """``tensor[tile]``, without a view where that is all of it: with one tile, views would cost the processor more than the
     products."""
-    return tensor if all(part is ALL for part in tile) else tensor[tile]
+    return tensor if all(part == slice(None) for part in tile) else tensor[tile]
 
 
 def _add(total: Tensor | None, addend: Tensor) -> Tensor:

@@ -129,9 +129,8 @@ def train(argv: list[str]) -> int:
     if resumed is not None and preview is not None:
         raise UserError("--preview shows what a run would be given; leave --resume out.")
     config = TrainConfig.of(**given) if resumed is None else None  # a typing error is told before the heavy imports
-    if config is not None:
-        for sentence in config.without_effect(parser.parse(argv)).values():
-            raise UserError(sentence)
+    if config is not None and (void := config.without_effect(parser.parse(argv))):
+        raise UserError(next(iter(void.values())))
 
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     with end_at_once(), end_after_errors(LONGEST_END) if several else contextlib.nullcontext():
@@ -338,7 +337,7 @@ def plan(argv: list[str]) -> int:
     gc.disable()  # what is imported is no garbage, and looking for some in it takes a tenth of the whole time
     from fastlocal.train.plan import make_plan, show, show_devices
 
-    gc.freeze()
+    gc.freeze()  # nor is it later
     gc.enable()
     if count is not None:
         return show_devices(config, count, bandwidth or "12GB/s", as_json)

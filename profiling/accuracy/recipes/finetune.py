@@ -21,7 +21,7 @@ RECIPE = replace(
     variants={
         "end-to-end": {"objective": "end-to-end"},
         "feature": {"objective": "feature"},
-        "feature, last 20 % exact": {"objective": "feature", "exact_epochs": OfEpochs(0.2)},
+        "feature, last 40 % exact": {"objective": "feature", "exact_epochs": OfEpochs(0.4)},  # what swin_cifar chose
         "image": {"objective": "image"},
         "cross-entropy": {"objective": "cross-entropy"},
         "transport": {"objective": "transport"},
