@@ -112,6 +112,7 @@ _LOSSES = {
     "Swin-T stage 4": "2 x 2 x 384",
     "ViT-B/16": "1 x 1 x 768",
 }
+_PAIRS = {"EVA-02-B/14": "neighbours", "DINOv3-B/16": "halves"}
 
 
 def kernel(op: str, shape: str, direction: str) -> str:
@@ -122,6 +123,9 @@ def kernel(op: str, shape: str, direction: str) -> str:
     if op == "attention":
         name = "forward" if direction == "forward" else "d_k and d_v"  # the longer of two
         return f"attention {name}, head dimension 64, bfloat16"
+    if op == "rotary_embedding":
+        name, pairs = "forward" if direction == "forward" else "gradient", _PAIRS[shape]
+        return f"rotary_embedding {name}, pairs of {pairs}, head dimension 64, bfloat16"
     return f"reconstruction_loss {'loss' if direction == 'forward' else 'gradient'}, mse, {_LOSSES[shape]}, bfloat16"
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlocal.kernels import reconstruction_loss
+from fastlocal.kernels import reconstruction_loss, rotary_embedding
 from fastlocal.kernels.attention import attention
 from fastlocal.kernels.window_attention import window_attention
 
@@ -59,13 +59,16 @@ class Workload:
 
 
 def workloads() -> list[Workload]:
-    """Swin-T's four stages at 224 pixels (shifted, except where one window is all) and ViT-B/16."""
+    """Swin-T's four stages at 224 pixels (shifted, except where one window is all), ViT-B/16, and the queries of the two
+    models of its size that turn them."""
     found = []
     for stage in range(4):
         name = f"Swin-T stage {stage + 1}"
         size, heads = 56 >> stage, 3 << stage
         found.append(Workload("window_attention", name, _window_attention(size, heads, shift=3 if size > 7 else 0)))
     found.append(Workload("attention", "ViT-B/16", _attention(tokens=197, heads=12, head_dim=64)))
+    found.append(Workload("rotary_embedding", "EVA-02-B/14", _rotary_embedding(tokens=257, prefix=1, half=False)))
+    found.append(Workload("rotary_embedding", "DINOv3-B/16", _rotary_embedding(tokens=201, prefix=5, half=True)))
     # Each stage's output back to its input, as the local module that ends there does; stage 1 gives the image.
     for stage in range(4):
         channels, upsample = 96 << stage, 2 if stage else 4
@@ -264,6 +267,42 @@ class _Split(nn.Module):
 
     def unbind(self, dim: int) -> tuple[Tensor, ...]:
         return self.parts
+
+
+# --- Rotary embedding -------------------------------------------------------------------------------------------------
+
+
+def _rotary_embedding(
+    tokens: int, prefix: int, half: bool, heads: int = 12, head_dim: int = 64
+) -> Callable[..., Problem]:
+    """q [B, heads, N, D], lying in [B, N, 3C] as the projection leaves it, turned as in timm's `EvaAttention`."""
+
+    def problem(batch: int, dtype: torch.dtype, device: torch.device) -> Problem:
+        from timm.layers import apply_rot_embed_cat
+
+        q = _normal(batch, tokens, 3, heads, head_dim, dtype=dtype, device=device).permute(2, 0, 3, 1, 4)[0]
+        q.requires_grad_()
+        angles = _normal(tokens - prefix, head_dim, dtype=_parameter(dtype), device=device)
+        table = torch.cat([angles.sin(), angles.cos()], -1)
+
+        def eager() -> Tensor:
+            return torch.cat([q[:, :, :prefix], apply_rot_embed_cat(q[:, :, prefix:], table, half=half)], 2).to(dtype)
+
+        def ours() -> Tensor:
+            return rotary_embedding(q, table, prefix=prefix, half=half)
+
+        moved = 2 * q.numel() * q.itemsize + table.numel() * table.itemsize
+        return Problem(
+            {
+                OURS: Provider(ours, (q,)),
+                UNFUSED: Provider(eager, (q,)),
+                COMPILED: Provider(torch.compile(eager, dynamic=False), (q,)),
+            },
+            forward_bytes=moved,
+            backward_bytes=moved,
+        )
+
+    return problem
 
 
 # --- Reconstruction loss ----------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ def _without_compiler(make: Callable[..., Problem], **extra: Provider) -> Callab
 
 WINDOWS = Workload("window_attention", "small", _without_compiler(workloads._window_attention(14, 2, shift=3)))
 ATTENTION = Workload("attention", "small", _without_compiler(workloads._attention(tokens=19, heads=2, head_dim=16)))
+ROTARY = Workload("rotary_embedding", "small", _without_compiler(workloads._rotary_embedding(19, 5, True, 2, 16)))
 LOSS = Workload("reconstruction_loss", "small", _without_compiler(workloads._reconstruction_loss(4, 16, 2, 8)))
 
 
@@ -53,7 +54,7 @@ def _bench() -> Bench:
     return Bench(CPU, 3, timer, peak_bytes, copy_bandwidth=1e9, state=lambda: {"clocks.sm": "1980 MHz"})
 
 
-@pytest.mark.parametrize("workload", [WINDOWS, ATTENTION, LOSS], ids=lambda workload: workload.op)
+@pytest.mark.parametrize("workload", [WINDOWS, ATTENTION, ROTARY, LOSS], ids=lambda workload: workload.op)
 def test_every_row_is_timed_and_written(workload: Workload, tmp_path: Path) -> None:
     path = tmp_path / "kernels.jsonl"
     rows = timing.time_kernels(_bench(), [workload], path)
@@ -61,7 +62,7 @@ def test_every_row_is_timed_and_written(workload: Workload, tmp_path: Path) -> N
     assert [{name: row[name] for name in rows[0]} for row in written[:1]] == rows[:1]
     assert len(written) == len(rows)
     assert [row["error"] for row in rows] == [None] * len(rows)
-    providers = {OURS, UNFUSED} if workload is LOSS else {OURS, UNFUSED, FUSED}
+    providers = {OURS, UNFUSED} if workload in (ROTARY, LOSS) else {OURS, UNFUSED, FUSED}
     timed = [row for row in rows if row["direction"] != "check"]
     assert {(row["provider"], row["direction"], row["dtype"]) for row in timed} == {
         (provider, direction, dtype)
@@ -80,13 +81,15 @@ def test_every_row_is_timed_and_written(workload: Workload, tmp_path: Path) -> N
 
 
 def test_compulsory_bytes() -> None:
-    """By hand: 3 images of 14 × 14 with 64 channels, 19 tokens of 2 heads of 16, and 16 channels to 8 at 8 × 8."""
+    """By hand: 3 images of 14 × 14 with 64 channels, 19 tokens of 2 heads of 16 (14 turned), and 16 channels to 8 at 8 × 8."""
     windows = WINDOWS.problem(3, torch.bfloat16, CPU)
     image, table = 3 * 14 * 14 * 64 * 2, 169 * 2 * 4
     assert (windows.forward_bytes, windows.backward_bytes) == (4 * image + table, 7 * image + 2 * table)
     tokens = 3 * 19 * 32 * 2
     attention = ATTENTION.problem(3, torch.float16, CPU)
     assert (attention.forward_bytes, attention.backward_bytes) == (4 * tokens, 7 * tokens)
+    rotary = ROTARY.problem(3, torch.bfloat16, CPU)
+    assert rotary.forward_bytes == rotary.backward_bytes == 2 * tokens + 14 * 2 * 16 * 4
     loss = LOSS.problem(3, torch.bfloat16, CPU)
     hidden, target, parameters = 3 * 16 * 16 * 2, 3 * 64 * 8 * 2, (32 * 16 + 32) * 4
     assert loss.forward_bytes == hidden + target + parameters
@@ -123,7 +126,7 @@ def test_floors_name_kernels_that_the_compile_report_knows() -> None:
 
 def test_real_shapes() -> None:
     names = [workload.name for workload in workloads.workloads()]
-    assert len(names) == len(set(names)) == 10
+    assert len(names) == len(set(names)) == 12
     last = next(w for w in workloads.workloads() if w.name == "window_attention, Swin-T stage 4")
     with torch._subclasses.FakeTensorMode():
         problem = last.problem(64, torch.bfloat16, CPU)

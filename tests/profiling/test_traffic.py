@@ -12,11 +12,9 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from timm.layers import apply_rot_embed_cat
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastlocal.kernels import rotary_embedding, use_kernels
 from fastlocal.profiling.cli import bench
 from fastlocal.profiling.kernels import block_traffic, traffic, traffic_report, workloads
 from fastlocal.profiling.kernels.traffic import CountTraffic, CudaAutocastPolicy, Entry, Traffic
@@ -27,8 +25,9 @@ CPU = torch.device("cpu")
 WINDOWS = Workload("window_attention", "2 x 2 windows", workloads._window_attention(14, 2, shift=3))
 ONE_WINDOW = Workload("window_attention", "one window", workloads._window_attention(7, 4, shift=0))
 ATTENTION = Workload("attention", "67 tokens", workloads._attention(tokens=67, heads=2, head_dim=64))
+ROTARY = Workload("rotary_embedding", "21 tokens", workloads._rotary_embedding(21, 5, half=True))
 LOSS = Workload("reconstruction_loss", "to features", workloads._reconstruction_loss(7, 64, 2, 32))
-SMALL = (WINDOWS, ONE_WINDOW, ATTENTION, LOSS)
+SMALL = (WINDOWS, ONE_WINDOW, ATTENTION, ROTARY, LOSS)
 
 
 # --- PyTorch ops ------------------------------------------------------------------------------------------------------
@@ -168,37 +167,17 @@ def test_unfused_windows_by_hand() -> None:
 
 
 def test_a_rotary_embedding_moves_what_the_readme_says() -> None:
-    """A query of ViT-B's size, batch 64: timm's eager ops on fake tensors; the kernel interpreted, on one sample, 21 tokens."""
-
-    def eager(x: Tensor, table: Tensor) -> Tensor:
-        return torch.cat([x[:, :, :5], apply_rot_embed_cat(x[:, :, 5:], table, half=True)], 2).to(x.dtype)
-
-    def ours(x: Tensor, table: Tensor) -> Tensor:
-        return rotary_embedding(x, table, prefix=5, half=True)
-
-    def moved(run: Callable[[Tensor, Tensor], Tensor], batch: int, tokens: int) -> list[int]:
-        qkv = torch.randn(batch, tokens, 3, 12, 64, dtype=torch.bfloat16)
-        x, table = qkv.permute(2, 0, 3, 1, 4)[0].requires_grad_(), torch.randn(tokens - 5, 128)
-        with CountTraffic() as forward:
-            out = run(x, table)
-        d_out = torch.randn_like(out)
-        with CountTraffic() as backward:
-            torch.autograd.grad(out, x, d_out)
-        return [forward.total.distinct, backward.total.distinct]
-
+    """The kernel no more than it must, counted on 21 tokens; timm's eager ops at ViT-B's size, on fake tensors."""
+    once = ROTARY.problem(1, torch.bfloat16, CPU).forward_bytes
+    found = traffic_report.count_ours(ROTARY, 1, 1)
+    assert [found[direction].traffic.distinct for direction in ("forward", "backward")] == [once, once]
+    (workload,) = (w for w in workloads.workloads() if w.name == "rotary_embedding, DINOv3-B/16")
     with FakeTensorMode():
-        timms = sum(moved(eager, 64, 201)) / 2**20
-    with use_kernels("triton"):
-        found = moved(ours, 1, 21)
-
-    def once(batch: int, tokens: int) -> int:
-        """The bytes of the query, read and written, and of the table."""
-        return 2 * 2 * batch * 12 * tokens * 64 + 4 * (tokens - 5) * 128
-
-    assert found == [once(1, 21)] * 2
-    both = 2 * once(64, 201) / 2**20
+        problem = workload.problem(64, torch.bfloat16, CPU)
+        timms = sum(count.traffic.distinct for count in traffic_report.count(problem, UNFUSED).values()) / 2**20
+    ours = (problem.forward_bytes + problem.backward_bytes) / 2**20
     readme = " ".join((Path(__file__).parents[2] / "README.md").read_text().split())
-    assert f"{both:.0f} MiB there and back for a batch of 64 in ViT-B's size, where timm's move {timms:.0f}" in readme
+    assert f"{ours:.0f} MiB there and back for a batch of 64 in ViT-B's size, where timm's move {timms:.0f}" in readme
 
 
 # --- Blocks -----------------------------------------------------------------------------------------------------------
