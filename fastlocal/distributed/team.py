@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Sequence
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastlocal.backbones import Backbone
 from fastlocal.backbones.backbone import unchanged_by
 from fastlocal.distributed.module_parallel import assign
 from fastlocal.distributed.ranks import Ranks
 from fastlocal.dry_run import without_values
+from fastlocal.flops import count
 from fastlocal.module import LocalModule
 from fastlocal.objectives import Objective
 
@@ -91,22 +92,22 @@ def forward_flops(modules: Sequence[LocalModule], backbone: Backbone, objective:
     """FLOPs of the forward of each module and its loss, on one image."""
     weight = next(backbone.model.parameters())
     about: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
-    counts: list[float] = []
+
+    def forward(module: LocalModule) -> None:
+        image = torch.empty(1, *backbone.image.shape, **about)
+        entering = (
+            image if module.stem is not None else torch.empty(1, *backbone.boundaries[module.span.start].shape, **about)
+        )
+        features = module(entering)
+        module.classify(features.output)
+        if module.head is None:
+            labels = torch.zeros(1, dtype=torch.int64, device=weight.device)
+            objective.regularizer(module.decoder, features, image, labels)
+
+    counts = []
     for module in modules:
-        with unchanged_by(module), without_values(), FlopCounterMode(display=False) as counter:
-            image = torch.empty(1, *backbone.image.shape, **about)
-            entering = (
-                image
-                if module.stem is not None
-                else torch.empty(1, *backbone.boundaries[module.span.start].shape, **about)
-            )
-            features = module(entering)
-            module.classify(features.output)
-            if module.head is None:
-                objective.regularizer(
-                    module.decoder, features, image, torch.zeros(1, dtype=torch.int64, device=weight.device)
-                )
-        counts.append(float(counter.get_total_flops()))
+        with unchanged_by(module), without_values():
+            counts.append(float(count(partial(forward, module))))
     return counts
 
 

@@ -14,11 +14,11 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import flop_registry
 
 from fastlocal import memory
 from fastlocal.backbones import Backbone, Part
 from fastlocal.dry_run import is_dry_run_of_cuda
+from fastlocal.flops import formula
 from fastlocal.geometry import Geometry
 from fastlocal.module import LocalModule
 from fastlocal.objectives import Features, Objective
@@ -155,15 +155,15 @@ class Profile:
 
 
 class _Meter(memory.DryMeter):
-    """A meter that counts FLOPs as torch does, too. A `FlopCounterMode` beside it would take as long as all else."""
+    """A meter that counts FLOPs too. `flops.count` around it would take as long as all else."""
 
     flops = 0
 
     def _follow(self, func: Any, types: Any, args: Any, kwargs: Any) -> Any:
         result = super()._follow(func, types, args, kwargs)
-        formula = flop_registry.get(func.overloadpacket)
-        if formula is not None and result is not NotImplemented:
-            self.flops += formula(*args, **kwargs, out_val=result)
+        flops = formula(func.overloadpacket)
+        if flops is not None and result is not NotImplemented:
+            self.flops += flops(*args, **kwargs, out_val=result)
         return result
 
 

@@ -8,7 +8,7 @@ import json
 import torch
 
 from fastlocal import memory
-from fastlocal.profiling.flops import count
+from fastlocal.flops import count
 from fastlocal.train.build import build_model, build_trainer
 from fastlocal.train.config import TrainConfig
 

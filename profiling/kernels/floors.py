@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils.flop_counter import FlopCounterMode
 
+from fastlocal.flops import count
 from fastlocal.profiling import results
 from fastlocal.profiling.kernels.compile_report import Measurement
 from fastlocal.profiling.kernels.workloads import OURS, Problem, Workload, workloads
@@ -78,14 +78,13 @@ def floors() -> list[dict[str, Any]]:
 
 def _work(workload: Workload, problem: Problem) -> dict[str, Work]:
     provider = problem.providers[OURS]
-    with FlopCounterMode(display=False) as forward:
-        out = provider.run()
-    with FlopCounterMode(display=False) as backward:
-        torch.autograd.grad(out, provider.leaves, torch.empty_like(out))
+    forward = count(provider.run)
+    out = provider.run()
+    backward = count(lambda: torch.autograd.grad(out, provider.leaves, torch.empty_like(out)))
     scores, padding = _scores(workload.op, problem)
     return {
-        "forward": Work(problem.forward_bytes, forward.get_total_flops() * padding, scores),
-        "backward": Work(problem.backward_bytes, backward.get_total_flops() * padding, scores),
+        "forward": Work(problem.forward_bytes, forward * padding, scores),
+        "backward": Work(problem.backward_bytes, backward * padding, scores),
     }
 
 

@@ -21,10 +21,10 @@ from torch.nn.functional import cross_entropy
 
 from fastlocal import LocalTrainer, memory
 from fastlocal.backbones import backbone
+from fastlocal.flops import count
 from fastlocal.kernels import accelerate
 from fastlocal.memory import HOST, Kind, Meter
 from fastlocal.profiling.cli import UserError
-from fastlocal.profiling.flops import count
 from fastlocal.profiling.memory.methods import RIVALS, sharding
 from fastlocal.profiling.memory.setups import CLASSES, Setup
 from fastlocal.residency import Residency

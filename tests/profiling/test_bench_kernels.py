@@ -106,6 +106,11 @@ def test_floors_by_hand() -> None:
     assert row["MiB"] == pytest.approx((4 * image + table) / 2**20)
     assert row["GFLOP"] == pytest.approx(products / 1e9)
     assert row["RTX 4060, µs"] == f"{(4 * image + table) / 272e9 * 1e6:,.0f} (bytes)"
+    # ViT-B: 197 tokens filled up to 256; two products forward, five backward.
+    for direction, products in (("forward", 2), ("backward", 5)):
+        row = rows["attention", "ViT-B/16", direction]
+        assert row["GFLOP"] == pytest.approx(products * 2 * 64 * 12 * 256 * 256 * 64 / 1e9)
+        assert row["RTX 3060, µs"] == f"{row['GFLOP'] * 1e9 / 25.5e12 * 1e6:,.0f} (products)"
     assert floors.Work(1, 1, 1e9).microseconds(floors.CARDS[1])[1] == "exponentials"
 
 
