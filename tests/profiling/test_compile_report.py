@@ -110,6 +110,20 @@ def _function(name: str, source: str, **names: Any) -> Any:
     return SimpleNamespace(__name__=name, src=source, fn=SimpleNamespace(__globals__=names))
 
 
+def test_the_readme_counts_the_committed_spills() -> None:
+    rows = compile_report.read_report(COMMITTED)
+    spilled = {a: [m for m in rows if m.architecture == a and m.spill_bytes] for a in ARCHITECTURES}
+    assert {a for a, found in spilled.items() if found} == {"sm_120", "gfx1201", "gfx1100"}
+    (cosine,) = spilled["sm_120"]
+    assert "window 8" in cosine.case
+    assert "cosine" in cosine.case
+    readme = " ".join((COMMITTED.parents[3] / "README.md").read_text().split())
+    assert f"One does on sm_120 ({cosine.spill_bytes} bytes: the backward" in readme
+    for architecture in ("gfx1201", "gfx1100"):
+        known = sum(m.architecture == architecture for m in rows)
+        assert f"{len(spilled[architecture])} of {known} on {architecture}" in readme
+
+
 def test_key_follows_the_code_and_not_its_comments() -> None:
     def sources(body: str, helper: str, size: int) -> list[str]:
         names = {"helper": _function("helper", helper), "SIZE": SimpleNamespace(value=size)}
