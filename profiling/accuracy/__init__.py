@@ -5,8 +5,8 @@ says what came out, how long it takes and how to repeat it. Without it every obj
 ``fastlocal train``. Each run has a folder of its own; a run that was stopped goes on where it was when the command is given
 again, and a run that has its row is only read. Rows, tables and plots go to ``accuracy/`` in the results folder.
 
-Accuracy is that of the last epoch, not of the best one. Images per second are the median over the epochs, one run after
-another: a machine that is busy with other things weighs on some more than on others.
+Accuracy is that of the last epoch, not of the best one. Images per second are the median over the epochs, of runs one
+after another or, with ``--jobs``, side by side: a machine that is busy with other things weighs on some more than on others.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastlocal.train.options.model import ModelOptions
 
 def main(argv: list[str]) -> int:
     """Train what has no row yet; returns the exit code, 130 if stopped by Ctrl-C."""
-    from fastlocal.profiling.accuracy import plots, recipe, study, table
+    from fastlocal.profiling.accuracy import plots, recipe, side_by_side, study, table
 
     parser = training_parser("fastlocal bench accuracy", __doc__ or "")
     parser.add_argument("--recipe", metavar="NAME", help=f"a study: {', '.join(recipe.names())}")
@@ -39,6 +39,7 @@ def main(argv: list[str]) -> int:
         metavar="OBJECTIVE",
         help="without a recipe: those to train (all)",
     )
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at a time, each in a process of its own (1)")
     parser.add_argument("--results", default=str(results.RESULTS), help="folder that the rows go to (%(default)s)")
     given = options_of(parser, argv)
     if "model_kwargs" in given:  # flag texts, as yet
@@ -47,6 +48,9 @@ def main(argv: list[str]) -> int:
         given |= {} if checked.img_size is None else {"img_size": checked.img_size}
     name, folder = given.pop("recipe", None), Path(given.pop("results")) / "accuracy"
     asked = {axis: given.pop(axis, None) for axis in ("tasks", "variants", "objectives")}
+    at_once = given.pop("jobs", 1)
+    if at_once < 1:
+        raise UserError(f"--jobs must be 1 or more, got {at_once}.")
     if "experiment" in given:
         raise UserError("--experiment is set by this command; --output says where run folders are made.")
     if name is None:
@@ -67,17 +71,22 @@ def main(argv: list[str]) -> int:
     jobs = list(recipe.jobs(name, chosen, given, tasks, variants))
     path, rows, code = folder / f"{name}.jsonl", [], 0
     try:
+        if at_once > 1:
+            known = results.read_rows(path)
+            side_by_side.train([job for job in jobs if study.find(job, known) is None], path, at_once)
         for row in study.run(jobs, path):
             rows.append(row)
-            results.show(f"\n{table.markdown(chosen, rows)}\n")
+            if at_once == 1 or len(rows) == len(jobs):
+                results.show(f"\n{table.markdown(chosen, rows)}\n")
     except study.Stopped:
         code = 130
-    if path.exists() and name in recipe.names():
-        rows = results.read_rows(path)  # the folder shows all there is, not only what was asked for now
-        drawn = plots.draw(name, chosen, rows, folder)
-        pictures = "".join(f"\n![{file.stem}]({file.name})\n" for file in drawn)
-        (folder / f"{name}.md").write_text(f"{table.markdown(chosen, rows)}\n{pictures}")
-        print(f"{folder / name}.md: {len(rows)} rows")
+    finally:
+        if path.exists() and name in recipe.names():
+            rows = results.read_rows(path)  # the folder shows all there is, not only what was asked for now
+            drawn = plots.draw(name, chosen, rows, folder)
+            pictures = "".join(f"\n![{file.stem}]({file.name})\n" for file in drawn)
+            (folder / f"{name}.md").write_text(f"{table.markdown(chosen, rows)}\n{pictures}")
+            print(f"{folder / name}.md: {len(rows)} rows")
     return code
 
 

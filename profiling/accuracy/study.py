@@ -32,7 +32,7 @@ def run(jobs: Sequence[Job], path: Path) -> Iterator[dict[str, Any]]:
     for job in jobs:
         row = find(job, results.read_rows(path))
         if row is None:
-            results.append_row(path, _train(job))
+            results.append_row(path, row_of(job))
             row = find(job, results.read_rows(path))
             assert row is not None
         yield row
@@ -48,8 +48,13 @@ def find(job: Job, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     return None
 
 
-def _train(job: Job) -> dict[str, Any]:
-    """Train as ``job`` says, or go on with what its run folder holds."""
+def row_of(job: Job) -> dict[str, Any]:
+    """Train as ``job`` says, or go on with what its run folder holds.
+
+    Raises:
+        UserError: its run folder is of another configuration.
+        Stopped: after the first signal.
+    """
     from fastlocal.profiling.accuracy.cost import flops_ratio
     from fastlocal.train import checkpoint, loop
 

@@ -6,6 +6,9 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,6 +85,56 @@ def test_a_stopped_campaign_goes_on(arguments: list[str], monkeypatch: pytest.Mo
     assert bench(arguments) == 130
     assert bench(arguments) == 0
     assert steps == 2 * 2 * 4  # two objectives, two epochs, four steps: none is done twice
+
+
+def test_runs_side_by_side_write_the_rows_of_runs_in_turn(
+    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert bench([*arguments, "--results", "in-turn", "--output", "in-turn"]) == 0
+    capsys.readouterr()
+    assert bench([*arguments, "--jobs", "2"]) == 0
+    assert re.search(r"^2/2  runs/objectives-digits-", capsys.readouterr().out, re.MULTILINE)
+    found, expected = (
+        {
+            row["variant"]: (row["curve"], row["flops_ratio"])
+            for row in results.read_rows(Path(folder, "accuracy/objectives.jsonl"))
+        }
+        for folder in ("rows", "in-turn")
+    )
+    assert found == expected
+    assert len(list(Path("runs").glob("*.log"))) == 2
+
+    # One fails and the other is done; the sentence is the run's own.
+    Path("rows/accuracy/objectives.jsonl").unlink()
+    (folder,) = Path("runs").glob("*-feature-*-seed-*/last.pt")
+    folder.write_bytes(b"no checkpoint")
+    assert bench([*arguments, "--jobs", "2"]) == 2
+    sentence = capsys.readouterr().err
+    assert "1 of 2 runs failed; runs/objectives-digits-feature" in sentence
+    assert "last.pt" in sentence.partition("ends with: ")[2]
+    assert [row["variant"] for row in results.read_rows(Path("rows/accuracy/objectives.jsonl"))] == ["end-to-end"]
+
+    for wrong, sentence in (
+        (["--jobs", "0"], "--jobs must be 1 or more, got 0."),
+        (["--jobs", "2", "--output", "rows/accuracy/objectives.jsonl"], "cannot be written: File exists."),
+    ):
+        assert bench([*arguments, *wrong]) == 2
+        assert sentence in capsys.readouterr().err
+
+
+def test_a_signal_saves_all_runs_that_are_side_by_side(arguments: list[str]) -> None:
+    """They say nothing to the terminal, stop together, and the same command goes on with them."""
+    command = [sys.executable, "-m", "fastlocal", "bench", *arguments, "--epochs", "300", "--jobs", "2"]
+    process = subprocess.Popen(command, cwd=Path.cwd(), stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 120
+    while len(list(Path("runs").glob("*/metrics.jsonl"))) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert (process.returncode, said) == (130, b"")
+    assert len(list(Path("runs").glob("*/last.pt"))) == 2
+    assert not Path("rows/accuracy/objectives.jsonl").exists()
 
 
 def test_runs_with_other_options_are_not_mixed_in(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
