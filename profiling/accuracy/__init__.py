@@ -24,7 +24,7 @@ from fastlocal.train.options.model import ModelOptions
 
 
 def main(argv: list[str]) -> int:
-    """Train what has no row yet; returns the exit code, 130 if stopped by Ctrl-C."""
+    """Train what has no row yet; returns the exit code, 130 or 143 if a signal stopped it."""
     from fastlocal.profiling.accuracy import plots, recipe, side_by_side, study, table
 
     parser = training_parser("fastlocal bench accuracy", __doc__ or "")
@@ -78,8 +78,8 @@ def main(argv: list[str]) -> int:
             rows.append(row)
             if at_once == 1 or len(rows) == len(jobs):
                 results.show(f"\n{table.markdown(chosen, rows)}\n")
-    except study.Stopped:
-        code = 130
+    except study.Stopped as stopped:
+        code = stopped.exit_code
     finally:
         if path.exists() and name in recipe.names():
             rows = results.read_rows(path)  # the folder shows all there is, not only what was asked for now

@@ -52,7 +52,7 @@ def train(jobs: Sequence[Job], path: Path, at_once: int) -> None:
                 elif process.exitcode not in (INTERRUPTED, STOPPED):
                     failed.append(log)
     if stop.requested:
-        raise study.Stopped
+        raise study.Stopped(stop.exit_code)
     if failed:
         last = (failed[0].read_text().strip().splitlines() or ["nothing"])[-1]
         raise UserError(f"{len(failed)} of {len(jobs)} runs failed; {failed[0]} ends with: {last}")
@@ -81,8 +81,8 @@ def _train(job: Job, path: Path, log: Path, at_once: int) -> None:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // at_once))
         try:
             results.append_row(path, study.row_of(job))
-        except study.Stopped:
-            sys.exit(INTERRUPTED)
+        except study.Stopped as stopped:
+            sys.exit(stopped.exit_code)
         except UserError as error:
             print(error, file=sys.stderr)
             sys.exit(2)

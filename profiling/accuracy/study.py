@@ -17,7 +17,10 @@ from fastlocal.train.options.files import read_file
 
 
 class Stopped(Exception):
-    """Ctrl-C or SIGTERM: the run that was under way is saved, and the same command goes on with it."""
+    """A signal came: what was under way is saved, and the same command goes on with it."""
+
+    def __init__(self, exit_code: int) -> None:
+        self.exit_code = exit_code
 
 
 def run(jobs: Sequence[Job], path: Path) -> Iterator[dict[str, Any]]:
@@ -70,7 +73,7 @@ def row_of(job: Job) -> dict[str, Any]:
     else:
         summary = loop.run(config)
     if summary.interrupted:
-        raise Stopped
+        raise Stopped(summary.exit_code)
     epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     saved = checkpoint.load(folder / "last.pt")
     return {

@@ -132,7 +132,7 @@ def test_a_signal_saves_all_runs_that_are_side_by_side(arguments: list[str]) -> 
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=60)
-    assert (process.returncode, said) == (130, b"")
+    assert (process.returncode, said) == (143, b"")
     assert len(list(Path("runs").glob("*/last.pt"))) == 2
     assert not Path("rows/accuracy/objectives.jsonl").exists()
 
