@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from typing import NoReturn
+from collections.abc import Sequence
+from typing import Any, NoReturn
 
 from fastlocal.train.errors import UserError
 
@@ -30,8 +31,21 @@ SUBCOMMANDS = {
 class ArgumentParser(argparse.ArgumentParser):
     """An argument parser that answers a mistake with one sentence and exit code 2, without the usage text."""
 
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options, allow_abbrev=False)
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message}.\n")
+
+    def refuse_void(self, argv: Sequence[str], flags: Sequence[str], where: str) -> None:
+        """Refuse what is in ``argv`` and would be ignored.
+
+        Raises:
+            UserError: one of ``flags`` is.
+        """
+        for argument in argv:
+            if (flag := argument.partition("=")[0]) in flags:
+                raise UserError(f"{flag} would do nothing {where}; leave it out.")
 
 
 def bench(argv: list[str]) -> int:

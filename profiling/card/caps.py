@@ -184,7 +184,7 @@ def run(arguments: Any, folder: Path) -> int:
     points = []
     for model in arguments.model:
         skeleton = memory.skeleton(model, arguments.image_size)
-        for setup in setups(max(memory.possible(skeleton, range(1, 65))), best, 2 if "swin" in model else 1):
+        for setup in setups(memory.number_of_blocks(skeleton), best, 2 if "swin" in model else 1):
             if asked_for(name(setup), arguments.only):
                 points += [(model, skeleton, setup, cap) for cap in caps]
     if not points:

@@ -502,12 +502,15 @@ def main(argv: list[str]) -> int:
     """Run the subcommand; returns 1 if one of our set-ups fails with anything but a lack of memory."""
     parser = ArgumentParser(prog="fastlocal bench throughput", description=__doc__)
     parser.add_argument(
-        "--model", nargs="+", default=["swin_tiny_patch4_window7_224"], help="timm models (%(default)s)"
+        "--model",
+        nargs="+",
+        default=["swin_tiny_patch4_window7_224"],
+        help="timm models (swin_tiny_patch4_window7_224)",
     )
     parser.add_argument("--image-size", type=int, help="pixels; the model's own if not given")
     parser.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
     parser.add_argument("--micro-batch", type=int, default=8, help="samples in a part (%(default)s)")
-    parser.add_argument("--modules", type=int, nargs="+", default=[2, 4], metavar="K", help="(2 4)")
+    parser.add_argument("--modules", type=int, nargs="+", metavar="K", help="(2 4)")
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns with the baseline (%(default)s)")
     parser.add_argument(
         "--only",
@@ -524,13 +527,16 @@ def main(argv: list[str]) -> int:
     for name in ("batch_size", "micro_batch", "image_size", "rounds", "budget"):
         if (value := getattr(arguments, name)) is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, got {value}.")
-    if arguments.trace and not arguments.only:
-        raise UserError("--trace needs --only TEXT: a trace of every set-up would be gigabytes.")
+    if arguments.trace:
+        parser.refuse_void(argv, ("--rounds", "--budget"), "with --trace")
+        if not arguments.only:
+            raise UserError("--trace needs --only TEXT: a trace of every set-up would be gigabytes.")
     for model in arguments.model:
         memory.skeleton(model, arguments.image_size)  # refuses what is no timm model
 
     folder = results.card_folder(arguments.output)
     if arguments.cap is not None:
+        parser.refuse_void(argv, ("--trace", "--modules", "--micro-batch", "--rounds"), "with --cap")
         from fastlocal.profiling.card import caps
 
         return caps.run(arguments, folder)
@@ -566,19 +572,17 @@ def main(argv: list[str]) -> int:
 
 
 def _setups(arguments: Any, model: str, device: torch.device) -> list[Setup]:
-    modules = memory.possible(memory.skeleton(model, arguments.image_size), arguments.modules)
-    if not modules:
-        raise UserError(f"--modules: {model} cannot be cut into any of {arguments.modules} modules.")
+    skeleton = memory.skeleton(model, arguments.image_size)
+    modules = memory.possible(skeleton, arguments.modules, default=[2, 4])
     size = min(arguments.micro_batch, arguments.batch_size)
     kernels = available_kernels(device)
     known = rivals(model, size)
     if device.type != "cuda":
         known = [setup for setup in known if not setup.compile]
-    blocks = max(memory.possible(memory.skeleton(model, arguments.image_size), range(1, 65)))
     every = ours(modules, size, kernels)
     mine = [
         setup
-        for setup in [*every[:2], *least_memory(blocks, size, kernels[0][0]), *every[2:]]
+        for setup in [*every[:2], *least_memory(memory.number_of_blocks(skeleton), size, kernels[0][0]), *every[2:]]
         if setup.micro_batch is None or setup.micro_batch < arguments.batch_size
     ]
     # The baseline first, then one of ours for one of theirs: a session cut short still compares.

@@ -27,6 +27,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", default="", metavar="TEXT", help="only configurations with TEXT in their name")
     parser.add_argument("--architectures", nargs="+", metavar="sm_XX", help="for --compile-report: only these")
     arguments = parser.parse_args(argv)
+    if not arguments.compile_report:
+        parser.refuse_void(argv, ["--architectures"], "without --compile-report")
+        if arguments.floors and not arguments.traffic:
+            parser.refuse_void(argv, ["--only"], "with --floors, which takes seconds")
 
     failed = False
     if arguments.compile_report:

@@ -14,5 +14,6 @@ from fastlocal.profiling.memory.step import count_flops as count_flops
 from fastlocal.profiling.memory.step import local_trainer as local_trainer
 from fastlocal.profiling.memory.step import measure as measure
 from fastlocal.profiling.memory.step import meter_step as meter_step
+from fastlocal.profiling.memory.step import number_of_blocks as number_of_blocks
 from fastlocal.profiling.memory.step import possible as possible
 from fastlocal.profiling.memory.step import skeleton as skeleton

@@ -27,6 +27,7 @@ from fastlocal.memory import HOST, Kind, Meter
 from fastlocal.profiling.cli import UserError
 from fastlocal.profiling.memory.methods import RIVALS, sharding
 from fastlocal.profiling.memory.setups import CLASSES, Setup
+from fastlocal.profiling.results import sentence
 from fastlocal.residency import Residency
 
 TIMELINE_POINTS = 500
@@ -221,23 +222,40 @@ def skeleton(name: str, image_size: int | None) -> nn.Module:
     """The timm model without memory for its weights.
 
     Raises:
-        UserError: timm has no such model.
+        UserError: timm has no such model, or none for images of this size.
     """
     if not timm.is_model(name):
         raise UserError(f"--model must be a timm model, got {name!r}; `timm.list_models()` lists them.")
     options: dict[str, Any] = {"img_size": image_size} if image_size else {}
-    with torch.device("meta"):
-        return timm.create_model(name, num_classes=CLASSES, **options)
+    try:
+        with torch.device("meta"):
+            return timm.create_model(name, num_classes=CLASSES, **options)
+    except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        if not image_size:
+            raise
+        raise UserError(f"--image-size: timm builds no {name} for {image_size} pixels: {sentence(error)}") from None
 
 
-def possible(model: nn.Module, modules: Sequence[int]) -> list[int]:
-    """Those numbers of modules that ``model`` has blocks for.
+def number_of_blocks(model: nn.Module) -> int:
+    """How many modules ``model`` can be cut into at most.
 
     Raises:
         UserError: the architecture is not supported.
     """
     try:
-        blocks = len(backbone(model).blocks)
+        return len(backbone(model).blocks)
     except ValueError as error:
         raise UserError(str(error)) from None
-    return [count for count in modules if 1 <= count <= blocks]
+
+
+def possible(model: nn.Module, asked: Sequence[int] | None, default: Sequence[int]) -> list[int]:
+    """The numbers of modules that were asked for, else those of ``default`` that ``model`` has blocks for.
+
+    Raises:
+        UserError: the architecture is not supported, or ``model`` cannot be cut into what was asked for.
+    """
+    blocks = number_of_blocks(model)
+    for modules in asked or ():
+        if not 1 <= modules <= blocks:
+            raise UserError(f"--modules must be 1 to {blocks}, the blocks of {type(model).__name__}, got {modules}.")
+    return list(asked or [modules for modules in default if modules <= blocks] or [1])

@@ -57,7 +57,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--batch-size", type=int, default=64, help="(%(default)s)")
     parser.add_argument("--image-size", type=int, help="pixels; the model's own if not given")
     parser.add_argument("--micro-batch", type=int, default=8, help="samples in a part (%(default)s)")
-    parser.add_argument("--modules", type=int, nargs="+", default=[*range(1, 9), 12], metavar="K", help="(1 to 8, 12)")
+    parser.add_argument("--modules", type=int, nargs="+", metavar="K", help="(1 to 8, 12)")
     names = ["feature", "image", "cross-entropy", "transport"]
     parser.add_argument("--objectives", nargs="+", default=names, choices=names, help="(all)")
     names = ["linear", "mlp", "conv", "transformer"]
@@ -72,7 +72,8 @@ def main(argv: list[str]) -> int:
 
     model = skeleton(arguments.model, arguments.image_size)
     setups = rivals(arguments.batch_size, arguments.micro_batch, arguments.methods)
-    setups += ours(possible(model, arguments.modules), arguments.objectives, arguments.decoders, arguments.micro_batch)
+    modules = possible(model, arguments.modules, default=[*range(1, 9), 12])
+    setups += ours(modules, arguments.objectives, arguments.decoders, arguments.micro_batch)
     folder = arguments.output / "memory"
     stem = f"{arguments.model}-{arguments.batch_size}"
     weights = sum(4 * parameter.numel() for parameter in model.parameters())

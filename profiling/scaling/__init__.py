@@ -24,17 +24,21 @@ def main(argv: list[str]) -> int:
     """Measure, print a table and write rows; ``argv`` holds the arguments. Returns the exit code."""
     parser = ArgumentParser(prog="fastlocal bench scaling", description=__doc__)
     parser.add_argument(
-        "--processes", type=int, default=2, help="2 to 4: the rival makes twice as many stages of 8 blocks"
+        "--processes",
+        type=int,
+        default=2,
+        help="2 to 4: the rival makes twice as many stages of 8 blocks (%(default)s)",
     )
     parser.add_argument("--batch-size", type=int, help="images in a step, over all processes (128; simulated 256)")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--steps", type=int, default=8, help="in a round; the first is not timed")
-    parser.add_argument("--output", type=Path, default=RESULTS / "scaling")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each set-up (%(default)s)")
+    parser.add_argument("--steps", type=int, default=8, help="in a round; the first is not timed (%(default)s)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "scaling", help="folder (%(default)s)")
     parser.add_argument(
         "--simulate", action="store_true", help="run nothing: a table of 2 to 64 devices, four links, five models"
     )
     given = parser.parse_args(argv)
     if given.simulate:
+        parser.refuse_void(argv, ("--processes", "--rounds", "--steps"), "with --simulate")
         from fastlocal.profiling.scaling.simulated import simulate
 
         if given.batch_size is not None and given.batch_size < 1:

@@ -280,6 +280,20 @@ def test_bad_arguments_are_one_sentence(arguments: list[str], capsys: pytest.Cap
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--traffic", "--architectures", "sm_80"], "--architectures would do nothing without --compile-report"),
+        (["--floors", "--only", "attention"], "--only would do nothing with --floors, which takes seconds"),
+    ],
+)
+def test_a_flag_that_would_do_nothing_is_refused(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bench(["kernels", *arguments]) == 2
+    assert capsys.readouterr().err == f"fastlocal bench: {sentence}; leave it out.\n"
+
+
 def test_help_imports_neither_torch_nor_timm() -> None:
     code = (
         "import sys\nfrom fastlocal.profiling.cli import bench\n"

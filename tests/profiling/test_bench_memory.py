@@ -127,7 +127,7 @@ def test_the_command_writes_rows_a_table_and_its_plots(
             Setup(f, 2, True, counts[-1], o) for f, o in (("local", "feature"), ("exact", "end-to-end"))
         ],
     )
-    options = ["--model", "test_vit", "--batch-size", "4", "--micro-batch", "2", "--modules", "2", "99"]
+    options = ["--model", "test_vit", "--batch-size", "4", "--micro-batch", "2", "--modules", "2"]
     options += ["--objectives", "feature", "--decoders", "linear", "--methods", "torchao", "--output", str(tmp_path)]
     assert bench(["memory", *options]) == 0
     folder = tmp_path / "memory"
@@ -150,6 +150,16 @@ def test_the_command_writes_rows_a_table_and_its_plots(
         (["--model", "swan"], "--model must be a timm model, got 'swan'"),
         (["--model", "resnet18"], "resnet is not supported"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
+        (
+            ["--model", "test_vit", "--modules", "2", "99"],
+            "--modules must be 1 to 6, the blocks of VisionTransformer, got 99",
+        ),
+        (["--model", "test_vit", "--modules", "0"], "--modules must be 1 to 6, the blocks of VisionTransformer, got 0"),
+        (
+            ["--model", "convnext_atto", "--image-size", "64"],
+            "--image-size: timm builds no convnext_atto for 64 pixels: ",
+        ),
+        (["--model", "test_vit", "--micro", "2"], "unrecognized arguments: --micro 2"),
     ],
 )
 def test_a_mistake_gets_a_sentence(options: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,11 @@ def test_what_the_rival_cannot_do_is_refused(wrong: list[str], capsys: pytest.Ca
     assert err.count("\n") == 1
 
 
+def test_a_simulation_has_no_rounds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.bench(["scaling", "--simulate", "--rounds", "3"]) == 2
+    assert "--rounds would do nothing with --simulate; leave it out." in capsys.readouterr().err
+
+
 def test_the_simulated_table_says_what_the_planner_says(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -303,8 +303,10 @@ def test_a_point_that_dies_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
         (["--model", "swan"], "--model must be a timm model, got 'swan'"),
         (["--batch-size", "0"], "--batch-size must be at least 1, got 0"),
         (["--only", "nothing like it"], "--only: no set-up has 'nothing like it' in its name"),
-        (["--modules", "99"], "cannot be cut into any of [99] modules"),
+        (["--modules", "99"], "--modules must be 1 to 6, the blocks of VisionTransformer, got 99"),
         (["--trace"], "--trace needs --only TEXT"),
+        (["--trace", "--only", "E2E", "--rounds", "3"], "--rounds would do nothing with --trace; leave it out."),
+        (["--cap", "all", "--modules=3"], "--modules would do nothing with --cap; leave it out."),
         (
             ["--cap", "4 apples"],
             "--cap must be sizes such as 4GiB, or all on a card, separated by commas; got '4 apples'",
