@@ -34,9 +34,9 @@ def pyplot() -> Any:
 
 
 def commit(rows: Iterable[results.Row] = ()) -> str:
-    """``"commit …"`` of ``rows``, or of this checkout: for the end of a title."""
+    """``"commit …"`` of ``rows``, or of this checkout, for the end of a title; of more than two it has only the number."""
     found = sorted({str(row["commit"]) for row in rows if "commit" in row}) or [results.origin()["commit"]]
-    return f"commit {', '.join(found)}"
+    return f"commit {', '.join(found)}" if len(found) <= 2 else f"{len(found)} commits, which the rows name"
 
 
 def save(figure: Any, path: Path, suffixes: Sequence[str] = ("png",)) -> Path:

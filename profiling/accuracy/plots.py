@@ -13,16 +13,17 @@ from fastlocal.profiling.accuracy.table import Group, Row, tiers
 
 
 def draw(name: str, recipe: Recipe, rows: Sequence[Row], folder: Path) -> list[Path]:
-    """Draw every task and number of epochs that has at least two variants; returns the files."""
+    """Draw every tier that has at least two variants; returns the files."""
     if (pyplot := plots.pyplot()) is None:
         return []
     drawn = []
-    for task, epochs, found in tiers(rows):
+    for tier in tiers(recipe, rows):
+        found = tier.groups
         if len(found) < 2:
             continue
         every = [row for group in found for row in group.rows]
-        title = f"{_model(every)} on {task}, {epochs} epochs, {plots.commit(every)}"
-        stem = results.slug(f"{name}-{task}-{epochs}")
+        title = f"{_model(every)} on {tier.task}\n{tier.title}, {plots.commit(every)}"
+        stem = results.slug(f"{name}-{tier.task}-{tier.epochs}{'-claims' * tier.claims}")
         drawn.append(_save(folder / f"{stem}-curves", title, _curves(pyplot, found)))
         if any(group.variant == recipe.reference for group in found):
             drawn.append(_save(folder / f"{stem}-gap", title, _gaps(pyplot, found, recipe.reference)))
@@ -59,16 +60,17 @@ def _gaps(pyplot: Any, found: Sequence[Group], reference: str) -> Any:
     """Points behind the reference, against the number of modules and against extra compute."""
     exact = next(group for group in found if group.variant == reference)
     figure, (by_modules, by_compute) = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    for group, colour in zip(found, _colours(len(found)), strict=True):
+    drawn = [(group, colour) for group, colour in zip(found, _colours(len(found)), strict=True) if group.gap(exact)]
+    modules = [len(g.rows[0]["exits"]) if g is not exact else g.rows[0]["modules"] for g, _ in drawn]
+    for i, (group, colour) in enumerate(drawn):
         gaps = group.gap(exact)
-        if not gaps:
-            continue
         gap, error = statistics.fmean(gaps), statistics.stdev(gaps) if len(gaps) > 1 else 0.0
-        modules = len(group.rows[0]["exits"]) if group is not exact else group.rows[0]["modules"]
+        # Those of one K stand side by side.
+        beside = modules[i] + 0.06 * (modules[:i].count(modules[i]) - (modules.count(modules[i]) - 1) / 2)
         extra = 100 * (group.mean("flops_ratio") - 1)
-        for axes, x in ((by_modules, modules), (by_compute, extra)):
+        for axes, x in ((by_modules, beside), (by_compute, extra)):
             axes.errorbar(x, gap, error, color=colour, marker="o", capsize=3, linestyle="none", label=group.variant)
-    by_modules.set(xlabel="modules K", ylabel=f"points behind {reference}")
+    by_modules.set(xlabel="modules K", ylabel=f"points behind {reference}", xticks=sorted(set(modules)))
     by_compute.set(xlabel="extra compute over plain training, % of FLOPs")
     for axes in (by_modules, by_compute):
         axes.axhline(0, color="black", linewidth=0.8)

@@ -50,23 +50,37 @@ def groups(rows: Sequence[Row]) -> list[Group]:
     return [Group(task, epochs, variant, tuple(by.values())) for (task, epochs, variant), by in found.items()]
 
 
-def tiers(rows: Sequence[Row]) -> Iterator[tuple[str, int, list[Group]]]:
-    """What may be compared: the groups of one task and one number of epochs."""
-    everything = groups(rows)
-    for task, epochs in dict.fromkeys((group.task, group.epochs) for group in everything):
-        yield task, epochs, [group for group in everything if (group.task, group.epochs) == (task, epochs)]
+@dataclass(frozen=True)
+class Tier:
+    """What may be compared: the groups of one task, one number of epochs, and either the seeds that a choice is made on or
+    those that nothing was chosen on, whose means are claims."""
+
+    task: str
+    epochs: int
+    claims: bool
+    groups: tuple[Group, ...]
+
+    @property
+    def title(self) -> str:
+        return f"{self.epochs} epochs" + ", seeds that nothing was chosen on" * self.claims
+
+
+def tiers(recipe: Recipe, rows: Sequence[Row]) -> Iterator[Tier]:
+    """Those of the seeds that a choice is made on, then the claims."""
+    for claims in (False, True):
+        everything = groups([row for row in rows if (row["seed"] not in recipe.seeds) is claims])
+        for task, epochs in dict.fromkeys((group.task, group.epochs) for group in everything):
+            found = (group for group in everything if (group.task, group.epochs) == (task, epochs))
+            yield Tier(task, epochs, claims, tuple(found))
 
 
 def markdown(recipe: Recipe, rows: Sequence[Row]) -> str:
-    """A table for each task and number of epochs; another for the seeds that nothing was chosen on, whose means are claims."""
-    chosen_on = [row for row in rows if row["seed"] in recipe.seeds]
-    others = [row for row in rows if row["seed"] not in recipe.seeds]
-    parts = [_tier(recipe, *tier) for tier in tiers(chosen_on)]
-    parts += [_tier(recipe, *tier, ", seeds that nothing was chosen on") for tier in tiers(others)]
-    return "\n\n".join(([recipe.note] if recipe.note else []) + parts)
+    """A table for each tier."""
+    return "\n\n".join(([recipe.note] if recipe.note else []) + [_table(recipe, tier) for tier in tiers(recipe, rows)])
 
 
-def _tier(recipe: Recipe, task: str, epochs: int, found: Sequence[Group], which: str = "") -> str:
+def _table(recipe: Recipe, tier: Tier) -> str:
+    found = tier.groups
     reference = next((group for group in found if group.variant == recipe.reference), None)
     longest = max((group.rows[0]["exits"] for group in found), key=len)
     # What is learned does not hang on the card. How fast and in how many bytes does, and is told of one.
@@ -78,7 +92,7 @@ def _tier(recipe: Recipe, task: str, epochs: int, found: Sequence[Group], which:
             for name in group.rows[0]["exits"][:-1]
         }
         gaps = group.gap(reference) if reference is not None and group is not reference else []
-        published = recipe.published.get((task, group.variant))
+        published = recipe.published.get((tier.task, group.variant))
         timed = group.on(card)
         lines.append(
             {
@@ -99,7 +113,7 @@ def _tier(recipe: Recipe, task: str, epochs: int, found: Sequence[Group], which:
     if any("published" in line for line in lines):
         columns["published"] = "published %"
     images = "{train_images:,} + {validation_images:,} images".format(**found[0].rows[0])
-    heading = f"{task}, {images}, {epochs} epochs{which}; images/s and peak MiB on {card}"
+    heading = f"{tier.task}, {images}, {tier.title}; images/s and peak MiB on {card}"
     return f"{heading}\n\n{results.markdown_table(lines, columns)}"
 
 

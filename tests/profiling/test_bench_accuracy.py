@@ -237,6 +237,16 @@ def test_a_claim_has_a_table_of_its_own() -> None:
     assert "| 54.00 " in claim
 
 
+def test_a_claim_has_pictures_of_its_own(tmp_path: Path) -> None:
+    """The mean that a choice was made on must not move when others are added."""
+    rows = [{**_row(variant, seed, 0.5), "model": "swin"} for variant in ("end-to-end", "feature") for seed in (7, 8)]
+    drawn = [path.name for path in plots.draw("tiny", STUDY, rows, tmp_path)]
+    assert drawn == [f"tiny-digits-2{seeds}-{plot}.png" for seeds in ("", "-claims") for plot in ("curves", "gap")]
+    before = (tmp_path / drawn[1]).read_bytes()
+    plots.draw("tiny", STUDY, [*rows, {**_row("feature", 9, 0.1), "model": "swin"}], tmp_path)
+    assert (tmp_path / drawn[1]).read_bytes() == before
+
+
 def test_speed_and_memory_are_of_one_card() -> None:
     rows = [_row("end-to-end", 0, 0.5, images_per_second=3000.0, card="H100") for _ in range(2)]
     rows += [_row("end-to-end", 1, 0.6), *(_row("feature", seed, 0.5, card="H100") for seed in (0, 1))]
