@@ -49,7 +49,9 @@ class LocalTrainer:
             other. It stays the model that it is.
         modules: K, ``"stages"`` or cut points; see `fastlocal.partition.partition`.
         objective: ``"feature"``, ``"image"``, ``"cross-entropy"``, ``"transport"``, ``"end-to-end"`` or an `Objective`; see
-            `fastlocal.objectives`.
+            `fastlocal.objectives`. In the study, K=4, ``"feature"`` came to 63.54 ± 0.86 % where ``"image"`` came to
+            62.90 ± 0.40, and with the last two fifths of its steps ``exact`` to 65.77 ± 0.82 where ``"end-to-end"`` came to
+            64.69 ± 0.18 (`profiling/results/accuracy/swin_cifar.md`); the others and the decoders have no rows yet.
         decoder: ``"linear"``, ``"mlp"``, ``"conv"`` or ``"transformer"``; see `fastlocal.decoders`; or what makes one from
             (source, target, reconstruction, normalize_target).
         head: makes the auxiliary head of a local module from the geometry of what it reads and the number of classes.
@@ -284,7 +286,7 @@ class LocalTrainer:
             labels: [B] class indices, or [B, classes] probabilities.
             exact: train the model with the exact gradients of the last loss in this step, whatever the objective. Optimizer
                 states go on. Auxiliary heads learn as ever, from detached outputs; decoders rest. Exact steps at the end of
-                training are what closes the gap of a local objective.
+                training, two fifths of all, are what closes the gap of a local objective.
 
         Raises:
             ValueError: shapes do not fit the model, a label is outside the classes, or (where looking costs no

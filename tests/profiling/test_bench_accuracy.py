@@ -296,6 +296,9 @@ def test_what_is_shown_is_what_the_rows_say(path: Path) -> None:
     if path.stem == "swin_cifar":  # the README's
         _note, _heading, shown, *_ = text.split("\n\n")
         assert shown in (ROOT / "README.md").read_text()
+        quoted = re.findall(r"\d\d\.\d\d ± \d\.\d\d", " ".join((LocalTrainer.__doc__ or "").split()))
+        assert len(quoted) == 4
+        assert all(f"| {number} |" in shown for number in quoted)
     for row in rows:
         assert {"commit", "date", "torch", "curve", "flops_ratio", "peak_bytes", "images_per_second"} <= row.keys()
 
