@@ -36,6 +36,8 @@ def test_a_changed_number_is_seen() -> None:
     elsewhere = {**recorded, "origin": {}}
     assert not list(trace.differences(elsewhere, "vit feature", changed))
     assert list(trace.differences(elsewhere, "vit feature", [[x + 0.1 for x in step] for step in now]))
+    other_masks = [[now[0][0], now[0][1] + 1e-5], *now[1:]]
+    assert list(trace.differences(elsewhere, "vit feature", other_masks))
 
 
 def test_nothing_recorded_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
