@@ -88,7 +88,7 @@ def test_a_stopped_campaign_goes_on(arguments: list[str], monkeypatch: pytest.Mo
 
 
 def test_runs_side_by_side_write_the_rows_of_runs_in_turn(
-    arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert bench([*arguments, "--results", "in-turn", "--output", "in-turn"]) == 0
     capsys.readouterr()
@@ -123,7 +123,7 @@ def test_runs_side_by_side_write_the_rows_of_runs_in_turn(
 
 
 def test_a_signal_saves_all_runs_that_are_side_by_side(arguments: list[str]) -> None:
-    """They say nothing to the terminal, stop together, and the same command goes on with them."""
+    """They say nothing to the terminal and stop together, each with a state to go on from."""
     command = [sys.executable, "-m", "fastlocal", "bench", *arguments, "--epochs", "300", "--jobs", "2"]
     process = subprocess.Popen(command, cwd=Path.cwd(), stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
@@ -296,6 +296,9 @@ def test_what_is_shown_is_what_the_rows_say(path: Path) -> None:
     if path.stem == "swin_cifar":  # the README's
         _note, _heading, shown, *_ = text.split("\n\n")
         assert shown in (ROOT / "README.md").read_text()
+        claimed = {row["variant"]: 100 * row["accuracy"][-1] for row in rows if row["seed"] == 3}
+        seed_3 = "seed 3: {feature, last 40 % exact:.2f} against {end-to-end:.2f} %".format_map(claimed)
+        assert seed_3 in (ROOT / "README.md").read_text()
         quoted = re.findall(r"\d\d\.\d\d ± \d\.\d\d", " ".join((LocalTrainer.__doc__ or "").split()))
         assert len(quoted) == 4
         assert all(f"| {number} |" in shown for number in quoted)
@@ -306,7 +309,7 @@ def test_what_is_shown_is_what_the_rows_say(path: Path) -> None:
             ("feature", "98.24 ± 0.16"),
             ("end-to-end", "96.67 ± 1.11"),
         ):
-            assert number in readme
+            assert number in " ".join(readme.split())
             assert re.search(rf"\| {variant} +\|.*\| {number} \|", text)
     for row in rows:
         assert {"commit", "date", "torch", "curve", "flops_ratio", "peak_bytes", "images_per_second"} <= row.keys()

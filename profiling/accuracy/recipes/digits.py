@@ -2,8 +2,8 @@
 
 Result, three seeds of 30 epochs: `end-to-end` 96.67 ± 1.11 %, `feature` 98.24 ± 0.16, and 98.33 to 98.61 with a fifth of its
 steps exact or with look-ahead, which costs 1.93 times the FLOPs of plain training. Without a decoder, `cross-entropy` comes to
-85.19 ± 4.32, and to 91.94 ± 2.65 with a finish: it is the reconstruction that keeps the early modules from spending what the
-later ones need. Rows and table: `profiling/results/accuracy/digits.md`; one seed of 10 epochs is there too.
+85.19 ± 4.32, and to 91.94 ± 2.65 with a finish. Rows and table: `profiling/results/accuracy/digits.md`; one seed of 10 epochs
+is there too.
 Time: a minute and a half per run of 30 epochs on one core, 43,000 images.
 Command:
 
