@@ -50,8 +50,9 @@ class LocalTrainer:
         modules: K, ``"stages"`` or cut points; see `fastlocal.partition.partition`.
         objective: ``"feature"``, ``"image"``, ``"cross-entropy"``, ``"transport"``, ``"end-to-end"`` or an `Objective`; see
             `fastlocal.objectives`. In the study, K=4, ``"feature"`` came to 63.54 ± 0.86 % where ``"image"`` came to
-            62.90 ± 0.40, and with the last two fifths of its steps ``exact`` to 65.77 ± 0.82 where ``"end-to-end"`` came to
-            64.69 ± 0.18 (`profiling/results/accuracy/swin_cifar.md`); on digits ``"cross-entropy"`` fell behind by 11 points
+            62.90 ± 0.40, and with the last two fifths of its steps ``exact``, as `fastlocal train` has them unless told
+            otherwise, to 65.77 ± 0.82 where ``"end-to-end"`` came to 64.69 ± 0.18
+            (`profiling/results/accuracy/swin_cifar.md`); on digits ``"cross-entropy"`` fell behind by 11 points
             (`digits.md` there). ``"transport"`` and the other decoders have no rows yet.
         decoder: ``"linear"``, ``"mlp"``, ``"conv"`` or ``"transformer"``; see `fastlocal.decoders`; or what makes one from
             (source, target, reconstruction, normalize_target).

@@ -341,7 +341,7 @@ def plan(argv: list[str]) -> int:
     gc.enable()
     if count is not None:
         return show_devices(config, count, bandwidth or "12GB/s", as_json)
-    return show(make_plan(config, given.get("objective")), config, as_json)
+    return show(make_plan(config, given), config, as_json)
 
 
 def doctor(argv: list[str]) -> int:

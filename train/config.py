@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any, NamedTuple, cast
 
+from fastlocal.finish import FINISH
 from fastlocal.train.errors import UserError, nearest, shown
 from fastlocal.train.options.augmentation import AugmentationOptions
 from fastlocal.train.options.data import ARRAYS, DOWNLOADED, DataOptions
@@ -47,17 +48,22 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         epochs, batch_size = self.optimization.epochs, self.optimization.batch_size
-        if self.learning.exact_epochs > epochs:
-            raise UserError(f"--exact-epochs must be at most --epochs, {epochs}; got {self.learning.exact_epochs}.")
+        if self.learning.exact_epochs is None:
+            finish = round(FINISH * epochs) if self._has_finish else 0
+            object.__setattr__(self, "learning", replace(self.learning, exact_epochs=finish))
+        if self.exact_epochs > epochs:
+            raise UserError(f"--exact-epochs must be at most --epochs, {epochs}; got {self.exact_epochs}.")
         if (self.augmentation.mixes) and batch_size % 2:
             raise UserError(f"--batch-size must be even for --mixup and --cutmix, got {batch_size}.")
         if self.devices.parallel == "modules" and (
             self.learning.objective == "end-to-end" or self.learning.exact_steps
         ):
-            what = "--objective end-to-end" if self.learning.objective == "end-to-end" else "an exact step"
+            end_to_end = self.learning.objective == "end-to-end"
+            what = "--objective end-to-end" if end_to_end else "an exact step"
+            without = "." if end_to_end else ", or train without exact steps: --exact-epochs 0."
             raise UserError(
                 f"--parallel modules cannot train {what}: it needs gradients from later modules, and nothing is sent back; use"
-                " --parallel data, which gives exact gradients on any number of devices."
+                f" --parallel data, which gives exact gradients on any number of devices{without}"
             )
         if self.devices.data_parallel > 1 and self.devices.parallel != "modules":
             raise UserError(
@@ -172,16 +178,28 @@ class TrainConfig:
                 sentences[name] = f"{given_as} would do nothing: {reason}{meant}"
         return sentences
 
+    @property
+    def _has_finish(self) -> bool:
+        """Whether a run of which nothing else is said ends with exact gradients: a local one that can compute them."""
+        learning = self.learning
+        local = learning.objective != "end-to-end" and learning.modules != 1 and not learning.linear_probe
+        return local and not learning.exact_every and self.devices.parallel != "modules"
+
+    @property
+    def exact_epochs(self) -> int:
+        """The epochs at the end of a local run that compute exact gradients."""
+        return self.learning.exact_epochs or 0
+
     def is_exact(self, epoch: int, step: int) -> bool:
         """Whether ``step`` of the run (from 0), in ``epoch`` (from 0), computes exact gradients for a local objective."""
-        return epoch >= self.optimization.epochs - self.learning.exact_epochs or (
+        return epoch >= self.optimization.epochs - self.exact_epochs or (
             self.learning.exact_every > 0 and step % self.learning.exact_every == self.learning.exact_every - 1
         )
 
     @property
     def exact_share(self) -> float:
         """The share of a local objective's steps that compute exact gradients."""
-        last = self.learning.exact_epochs / self.optimization.epochs
+        last = self.exact_epochs / self.optimization.epochs
         return last + (1 - last) / self.learning.exact_every if self.learning.exact_every else last
 
     def to_dict(self) -> dict[str, Any]:

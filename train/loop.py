@@ -60,10 +60,11 @@ from fastlocal.train.start import fitted, read_start
 CHECK_EVERY = 50  # steps between looks at the losses, which make the host wait for the device
 SEARCH = 50  # steps that float16's loss scaling may skip while it looks for its scale
 
-# What may change when a run goes on: how long it goes (the schedule is stretched to its new end), where data and arithmetic
-# live and what is said, nothing else that the result hangs on (beyond rounding, for where the arithmetic lives).
+# What may change when a run goes on: how long it goes (the schedule is stretched to its new end) and how it ends, where data
+# and arithmetic live and what is said, nothing else that the result hangs on (beyond rounding, for where the arithmetic lives).
 RESUMABLE = {
     "epochs",
+    "exact_epochs",
     "data",
     "data_dir",
     "download",
@@ -580,6 +581,8 @@ class _Run:
         yield f"learning {config.learning.objective}{decoder}, {len(self.trainer.modules)} modules"
         if config.exact_share:
             yield f"         with exact gradients in {config.exact_share:.0%} of the steps"
+        elif config.devices.parallel == "modules":
+            yield "         without the exact finish of one process, for which nothing is sent back"
         if self.stretched is not None:
             optimization = config.optimization
             yield f"schedule {optimization.sched}, now to the end of epoch {optimization.epochs}, before {self.stretched}"

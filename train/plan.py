@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -24,11 +24,12 @@ from fastlocal.train.options.values import flag
 WIDTH = 80  # of a terminal that nobody has widened
 
 
-def make_plan(config: TrainConfig, objective: str | None) -> Search:
+def make_plan(config: TrainConfig, asked: Collection[str]) -> Search:
     """Search for plans of ``config``'s model, batch size and memory, without taking memory for the model.
 
     Args:
-        objective: the only one to plan for; None weighs exact gradients against local ones.
+        asked: the options that were given. Without an objective among them exact gradients are weighed against local ones, and
+            where none says how a local run ends, with and without a finish.
 
     Raises:
         UserError: no memory is given, or a name is not known.
@@ -36,12 +37,13 @@ def make_plan(config: TrainConfig, objective: str | None) -> Search:
     """
     if config.memory.budget is None:
         raise UserError("--memory is missing: give the card's, such as --memory 4GiB.")
+    finish = {"objective", "exact_epochs", "exact_every"}.intersection(asked)
     return search(
         _skeleton(config),
         batch_size=config.optimization.batch_size,
         budget=config.memory.budget,
-        objective=objective,
-        exact_share=config.exact_share or None,
+        objective=config.learning.objective if "objective" in asked else None,
+        exact_share=config.exact_share if finish else None,
         **planned_for(config),
         **_options(config),
     )
@@ -151,9 +153,11 @@ def command(plan: Plan, config: TrainConfig, start: str = "", more: Sequence[str
         else:
             words[option] = flag(option) if value is True else f"{flag(option)} {shlex.quote(_text(value))}"
     settings = {**plan.arguments(), "modules": plan.cuts or 1, "batch_size": plan.batch_size}
-    if plan.exact_share and not config.learning.exact_every:
+    if plan.accuracy == "local":
+        settings["exact_epochs"] = 0
+    elif plan.exact_share and (config.exact_epochs or not config.learning.exact_every):
         epochs = config.optimization.epochs
-        settings["exact_epochs"] = config.learning.exact_epochs or max(round(plan.exact_share * epochs), 1)
+        settings["exact_epochs"] = config.exact_epochs or max(round(plan.exact_share * epochs), 1)
     for option, value in settings.items():
         if isinstance(value, bool):
             words[option] = flag(option) if value else f"--no-{flag(option).removeprefix('--')}"

@@ -13,6 +13,7 @@ from torch import nn
 from fastlocal import memory as dry
 from fastlocal.backbones import Backbone, backbone
 from fastlocal.boundary import Home
+from fastlocal.finish import FINISH
 from fastlocal.heads import AuxiliaryHead
 from fastlocal.module import ModuleOptions, Recompute, build_modules
 from fastlocal.objectives import OBJECTIVES
@@ -29,10 +30,6 @@ from fastlocal.residency import Keep, Weights
 # more than this times its time: the price of certainty about the accuracy, which local objectives may lose by points.
 WORTH = 1.25
 CERTAINTY = {"local": 0, "local + exact finish": 1, "exact": 2}
-
-# The share of the steps that an exact finish has unless another is asked for. On three seeds of a small Swin a fifth ended with
-# exact gradients' accuracy, two fifths a point above it (profiling/accuracy/recipes/swin_cifar.py).
-FINISH = 0.4
 
 # An estimate is rehearsed if it is at most this much over the limit: most are that exact. Plain training, which nobody should
 # do without where it fits, has a second chance.
@@ -148,7 +145,7 @@ def search(
         objective: the only one to plan for; None weighs exact gradients against ``"feature"``, with and without an exact
             finish.
         exact_share: of a local objective's steps, the share with exact gradients. None: none, and where ``objective`` is None
-            a fifth of them as well as none.
+            two fifths of them (`fastlocal.finish`) as well as none.
         reserve: what of the budget tensors cannot have.
         host_memory: bytes of host memory that may be used; None is all.
         image_dtype: of the images that the training loop hands over; mixed ones (mixup) are torch.float32.

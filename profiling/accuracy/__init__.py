@@ -1,9 +1,10 @@
 """``fastlocal bench accuracy``: what ways of training learn, side by side, and what each costs.
 
 ``--recipe NAME`` runs a study: the tasks, variants and seeds in the file of that name under ``recipes/``, whose docstring
-says what came out, how long it takes and how to repeat it. Without it every objective is trained once, with the flags of
-``fastlocal train``. Each run has a folder of its own; a run that was stopped goes on where it was when the command is given
-again, and a run that has its row is only read. Rows, tables and plots go to ``accuracy/`` in the results folder.
+says what came out, how long it takes and how to repeat it. Without it every objective is trained once, as it is (without an
+exact finish), with the flags of ``fastlocal train``. Each run has a folder of its own; a run that was stopped goes on where it
+was when the command is given again, and a run that has its row is only read. Rows, tables and plots go to ``accuracy/`` in
+the results folder.
 
 Accuracy is that of the last epoch, not of the best one. Images per second are the median over the epochs, of runs one
 after another or, with ``--jobs``, side by side: a machine that is busy with other things weighs on some more than on others.
@@ -97,7 +98,7 @@ def _objectives(given: dict[str, Any], objectives: list[str] | tuple[str, ...]) 
     data = given.get("data", "digits")
     seed = TrainConfig.of(**{option: value for option, value in given.items() if option != "seeds"}).optimization.seed
     variants = {objective: {"objective": objective} for objective in objectives}
-    return Recipe(base={}, tasks={data: {}}, variants=variants, seeds=(seed,))
+    return Recipe(base={"exact_epochs": 0}, tasks={data: {}}, variants=variants, seeds=(seed,))
 
 
 def _among(flag: str, asked: list[str] | None, known: Any) -> list[str]:

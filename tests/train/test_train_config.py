@@ -144,7 +144,8 @@ def test_exact_steps_come_at_the_end_or_regularly() -> None:
     assert [epoch for epoch in range(10) if last.is_exact(epoch, 7 * epoch)] == [8, 9]
     regular = TrainConfig.of(epochs=10, exact_every=3)
     assert [step for step in range(10) if regular.is_exact(0, step)] == [2, 5, 8]
-    assert not any(TrainConfig.of(epochs=10).is_exact(epoch, epoch) for epoch in range(10))
+    without = TrainConfig.of(epochs=10, exact_epochs=0)
+    assert not any(without.is_exact(epoch, epoch) for epoch in range(10))
     for wrong, sentence in (
         ({"exact_epochs": 11}, "--exact-epochs must be at most --epochs, 10; got 11"),
         ({"exact_epochs": 1, "objective": "end-to-end"}, "end-to-end is exact throughout"),
@@ -153,6 +154,22 @@ def test_exact_steps_come_at_the_end_or_regularly() -> None:
     ):
         with pytest.raises(UserError, match=sentence):
             TrainConfig.of(epochs=10, **wrong)
+
+
+def test_a_local_run_ends_with_exact_gradients_unless_told_otherwise() -> None:
+    """The finish that the study chose; what cannot have one, or has asked for another, trains as it did."""
+    assert [TrainConfig.of(epochs=epochs).exact_epochs for epochs in (1, 2, 3, 10, 30, 300)] == [0, 1, 1, 4, 12, 120]
+    assert TrainConfig.of(epochs=30).to_dict()["exact_epochs"] == 12  # a run that goes on has the same
+    assert [TrainConfig.of(epochs=30, modules=k).exact_share for k in ("stages", (2, 4))] == [0.4, 0.4]
+    for without in (
+        {"objective": "end-to-end"},
+        {"modules": 1},
+        {"linear_probe": True},
+        {"exact_every": 5},
+        {"parallel": "modules"},
+        {"exact_epochs": 0},
+    ):
+        assert TrainConfig.of(epochs=30, **without).exact_epochs == 0
 
 
 @pytest.mark.parametrize("data", ["digits", "cifar10", "fashion-mnist", "stl10"])

@@ -65,7 +65,11 @@ def test_the_command_says_what_the_plan_says(capsys: pytest.CaptureFixture[str])
     assert {"objective", "micro_batch", "recompute", "residency", "boundaries", "weights"} <= set(same)
     assert config.learning.modules == tuple(chosen["cuts"])  # one cut is no number of modules
     assert (config.optimization.opt, config.model.img_size) == ("lion", TrainConfig.of(img_size="64").model.img_size)
+    assert all(candidate["accuracy"] == "local + exact finish" for candidate in found["candidates"])
+    _, out, _ = planned(capsys, *options, "--exact-epochs", "0")
+    found = json.loads(out)
     assert all(candidate["accuracy"] == "local" for candidate in found["candidates"])
+    assert config_of(found["command"]).exact_share == 0  # which the default is not
 
 
 def test_the_command_of_every_plan_is_one_that_train_takes() -> None:
@@ -83,6 +87,7 @@ def test_the_command_of_every_plan_is_one_that_train_takes() -> None:
     for plan in plans:
         config = config_of(command(plan, asked))
         assert (config.memory.residency, config.memory.micro_batch) == (plan.residency, plan.micro_batch)
+        assert bool(config.exact_share) == (plan.accuracy == "local + exact finish")
 
 
 def test_an_exact_finish_is_planned_for_and_passed_on(capsys: pytest.CaptureFixture[str]) -> None:

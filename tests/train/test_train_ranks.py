@@ -20,6 +20,7 @@ from soak.kills import TINY
 from soak.processes import Processes
 
 MODULES = ["--parallel", "modules"]
+LOCAL = ["--exact-epochs", 0]  # what modules of several processes have by themselves
 BOTH = [*MODULES, "--data-parallel", 2]
 
 
@@ -78,7 +79,7 @@ STOCHASTIC = ["--drop-path", 0.3, "--mixup", 0.8, "--cutmix", 1.0, "--model-ema"
 
 
 def test_modules_on_several_processes_end_as_one_does(processes: Processes, tmp_path: Path) -> None:
-    trained(processes, 1, flags(tmp_path, "one", *STOCHASTIC))
+    trained(processes, 1, flags(tmp_path, "one", *STOCHASTIC, *LOCAL))
     trained(processes, 2, flags(tmp_path, "two", *STOCHASTIC, *MODULES, "--rank-cuts", 1))
     assert_same(left(tmp_path / "two"), left(tmp_path / "one"))
     trained(processes, 4, flags(tmp_path, "four", *STOCHASTIC, *MODULES, "--recovery-interval", 2))
@@ -97,7 +98,7 @@ def test_a_batch_on_several_processes_ends_as_on_one(processes: Processes, tmp_p
 @pytest.mark.parametrize("sharing", ["modules", "both"])
 def test_saved_on_four_resumed_on_another_number(processes: Processes, tmp_path: Path, sharing: str) -> None:
     more = ["--model-ema", "--crop-padding", 2, "--opt", "sgd"]
-    trained(processes, 1, flags(tmp_path, "one", *more))
+    trained(processes, 1, flags(tmp_path, "one", *more, *LOCAL))
     shared = MODULES if sharing == "modules" else BOTH
     for size in (1, 2):
         name = f"then {size}"
@@ -206,7 +207,9 @@ def test_what_is_refused_at_the_start(processes: Processes, tmp_path: Path) -> N
         "--lr is 0.2 in process 1 and 0.1 in process 0: every process of a run needs the same arguments." in differing
     )
     assert "--parallel modules cannot train --objective end-to-end" in refused(2, *MODULES, "--objective", "end-to-end")
-    assert "--parallel modules cannot train an exact step" in refused(2, *MODULES, "--exact-epochs", 1)
+    refusal = refused(2, *MODULES, "--exact-epochs", 1)
+    assert "--parallel modules cannot train an exact step" in refusal
+    assert "or train without exact steps: --exact-epochs 0." in refusal
     assert "--data-parallel 2 is for --parallel modules" in refused(2, "--data-parallel", 2)
     assert "--data-parallel 3 does not divide the 2 processes" in refused(2, *MODULES, "--data-parallel", 3)
     assert "modules: 1 modules are too few for 2" in refused(2, *MODULES, "--modules", 1)

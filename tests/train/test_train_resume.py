@@ -111,6 +111,21 @@ def test_only_what_the_result_does_not_hang_on_can_change(tiny: Options) -> None
     assert loop.resume(folder, log_interval=7, epochs=1).epochs == 1  # finished already
 
 
+def test_how_a_run_ends_may_change(tiny: Options, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = loop.run(TrainConfig.of(**tiny(epochs=1))).folder
+    step, kinds = fastlocal.LocalTrainer.step, []
+
+    def noted(self: fastlocal.LocalTrainer, *batch: Any, exact: bool) -> Any:
+        kinds.append(exact)
+        return step(self, *batch, exact=exact)
+
+    monkeypatch.setattr(fastlocal.LocalTrainer, "step", noted)
+    loop.resume(folder, epochs=3, exact_epochs=1)
+    half = len(kinds) // 2
+    assert half
+    assert kinds == [False] * half + [True] * half
+
+
 def test_other_training_images_are_refused(tiny: Options) -> None:
     folder = loop.run(TrainConfig.of(**tiny(epochs=1))).folder
     saved = torch.load(folder / "last.pt", weights_only=True)

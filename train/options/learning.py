@@ -45,8 +45,12 @@ class LearningOptions(Options):
     )
     train: tuple[str, ...] = option((), "what is trained, and nothing else, likewise", values.names)
     linear_probe: bool = option(False, "train the classifier only", values.switch)
-    exact_epochs: int = option(
-        0, "train the last so many epochs with exact gradients, as 'end-to-end' does", values.whole, at_least=0
+    exact_epochs: int | None = option(
+        None,
+        "train the last so many epochs with exact gradients, as 'end-to-end' does; default: two fifths of them for a local"
+        " objective, 0 with --exact-every, --linear-probe or --parallel modules",
+        values.whole,
+        at_least=0,
     )
     exact_every: int = option(0, "train every so many-th step with exact gradients; 0: none", values.whole, at_least=0)
 

@@ -18,7 +18,7 @@ from fastlocal.profiling.accuracy.recipe import OfEpochs, Recipe
 _FEATURE = {"objective": "feature"}
 
 RECIPE = Recipe(
-    base={"modules": 4},  # the rest is the recipe that fastlocal train has for digits
+    base={"modules": 4, "exact_epochs": 0},  # the rest is the recipe that fastlocal train has for digits
     tasks={"digits": {"data": "digits"}},
     variants={
         "end-to-end": {"objective": "end-to-end"},

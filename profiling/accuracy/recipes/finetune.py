@@ -4,13 +4,15 @@ Result: none yet; `profiling/results/accuracy/finetune.md` once the commands hav
 Time: not measured.
 Commands, with five classes' images under data/first and the other five's under data/second (train/CLASS/*, val/CLASS/*):
 
-    fastlocal train --data folder:data/first --objective end-to-end --epochs 30 --experiment first \\
+    fastlocal train --data folder:data/first --objective end-to-end --epochs 30 --lr 1e-3 --crop-padding 4 --clip-grad 1 \\
+        --smoothing 0.1 --experiment first \\
         --model-kwargs patch_size=2 window_size=4 embed_dim=32 depths=2,2,2,2 num_heads=2,4,8,16
     fastlocal bench accuracy --recipe finetune --initial-checkpoint runs/first/model.safetensors
 """
 
 from dataclasses import replace
 
+from fastlocal.finish import FINISH
 from fastlocal.profiling.accuracy.recipe import OfEpochs
 from fastlocal.profiling.accuracy.recipes import swin_cifar
 
@@ -21,7 +23,7 @@ RECIPE = replace(
     variants={
         "end-to-end": {"objective": "end-to-end"},
         "feature": {"objective": "feature"},
-        "feature, last 40 % exact": {"objective": "feature", "exact_epochs": OfEpochs(0.4)},  # what swin_cifar chose
+        "feature, last 40 % exact": {"objective": "feature", "exact_epochs": OfEpochs(FINISH)},
         "image": {"objective": "image"},
         "cross-entropy": {"objective": "cross-entropy"},
         "transport": {"objective": "transport"},

@@ -34,6 +34,7 @@ RECIPE = Recipe(
         "smoothing": 0.1,
         "drop_path": 0.1,
         "clip_grad": 1.0,
+        "exact_epochs": 0,
     },
     tasks={
         "CIFAR-10": {"data": "cifar10", "model_kwargs": _NATIVE, "crop_padding": 4},

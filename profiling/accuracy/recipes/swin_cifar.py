@@ -32,6 +32,7 @@ RECIPE = Recipe(
         },
         "modules": 4,
         "decoder": "linear",
+        "exact_epochs": 0,
         "epochs": 30,
         "batch_size": 128,
         "lr": 1e-3,

@@ -9,11 +9,12 @@ Command, with the images where `swin_cifar` has them:
 
 from dataclasses import replace
 
+from fastlocal.finish import FINISH
 from fastlocal.profiling.accuracy.recipe import OfEpochs
 from fastlocal.profiling.accuracy.recipes import swin_cifar
 
 _FEATURE = {"objective": "feature"}
-_FINISH = {**_FEATURE, "exact_epochs": OfEpochs(0.4)}  # what swin_cifar chose
+_FINISH = {**_FEATURE, "exact_epochs": OfEpochs(FINISH)}
 
 RECIPE = replace(
     swin_cifar.RECIPE,

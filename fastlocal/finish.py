@@ -1,0 +1,6 @@
+"""How a local run ends where nothing else is asked for: its last steps compute exact gradients (an exact finish)."""
+
+# The share of the steps, the last ones. On three seeds of a small Swin a fifth ended with exact gradients' accuracy, two fifths
+# a point above it, at 1.13 times the FLOPs of plain training where exact gradients in the same memory cost 1.25
+# (profiling/accuracy/recipes/swin_cifar.py).
+FINISH = 0.4
