@@ -28,6 +28,11 @@ TINY = [
     *("--model", "vit_tiny_patch16_224", "--model-kwargs", "patch_size=2", "embed_dim=16", "depth=3", "num_heads=2"),
     *("--modules", "3", "--epochs", "2", "--batch-size", "16", "--train-limit", "64", "--val-limit", "40"),
 ]
+# Accuracies in the README's sentences.
+QUOTED = {
+    "digits": {"cross-entropy": "85.19 ± 4.32", "feature": "98.24 ± 0.16", "end-to-end": "96.67 ± 1.11"},
+    "finetune": {"end-to-end": "76.08 ± 0.42", "feature": "71.25 ± 0.65", "feature, last 40 % exact": "73.39 ± 0.18"},
+}
 VIT = {"model": "vit_tiny_patch16_224", "model_kwargs": {"patch_size": 2, "embed_dim": 16, "depth": 4, "num_heads": 2}}
 STUDY = recipe.Recipe(
     base={**VIT, "modules": 2, "epochs": 2, "exact_epochs": 0, "batch_size": 16, "train_limit": 64, "val_limit": 40},
@@ -300,17 +305,13 @@ def test_what_is_shown_is_what_the_rows_say(path: Path) -> None:
         seed_3 = "seed 3: {feature, last 40 % exact:.2f} against {end-to-end:.2f} %".format_map(claimed)
         assert seed_3 in (ROOT / "README.md").read_text()
         quoted = re.findall(r"\d\d\.\d\d ± \d\.\d\d", " ".join((LocalTrainer.__doc__ or "").split()))
-        assert len(quoted) == 4
-        assert all(f"| {number} |" in shown for number in quoted)
-    if path.stem == "digits":
-        readme = (ROOT / "README.md").read_text()
-        for variant, number in (
-            ("cross-entropy", "85.19 ± 4.32"),
-            ("feature", "98.24 ± 0.16"),
-            ("end-to-end", "96.67 ± 1.11"),
-        ):
-            assert number in " ".join(readme.split())
-            assert re.search(rf"\| {variant} +\|.*\| {number} \|", text)
+        fine_tuned = path.with_name("finetune.md").read_text()
+        assert len(quoted) == 6
+        assert all(f"| {number} |" in shown + fine_tuned for number in quoted)
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    for variant, number in QUOTED.get(path.stem, {}).items():
+        assert number in readme
+        assert re.search(rf"\| {variant} +\|.*\| {number} +\|", text)
     for row in rows:
         assert {"commit", "date", "torch", "curve", "flops_ratio", "peak_bytes", "images_per_second"} <= row.keys()
 

@@ -172,6 +172,18 @@ def test_a_local_run_ends_with_exact_gradients_unless_told_otherwise() -> None:
         assert TrainConfig.of(epochs=30, **without).exact_epochs == 0
 
 
+@pytest.mark.parametrize("weights", [{"pretrained": True}, {"initial_checkpoint": "x.safetensors"}])
+def test_weights_are_trained_on_with_exact_gradients_unless_told_otherwise(weights: dict[str, Any]) -> None:
+    """In the study's fine-tuning local objectives fell behind."""
+    config = TrainConfig.of(data="synthetic", **weights)
+    assert (config.learning.objective, config.exact_epochs) == ("end-to-end", 0)
+    told = config.changed(decoder="mlp").without_effect(["decoder"])["decoder"]
+    assert told.endswith(": --objective end-to-end, the default for a model with weights, has none.")
+    assert TrainConfig.of(**weights, objective="feature", epochs=10).exact_epochs == 4
+    with pytest.raises(UserError, match=r"use --parallel data, .* or a local objective"):
+        TrainConfig.of(**weights, parallel="modules")
+
+
 @pytest.mark.parametrize("data", ["digits", "cifar10", "fashion-mnist", "stl10"])
 def test_a_model_made_for_large_images_is_fitted_to_small_ones(data: str) -> None:
     swin = TrainConfig.of(data=data, model="swin_tiny_patch4_window7_224")

@@ -21,7 +21,11 @@ class LearningOptions(Options):
         "modules trained one at a time: a number, 'stages', or cut points (first blocks of modules 2, 3, …)",
         values.modules,
     )
-    objective: str = option("feature", "what a module learns from", choices=OBJECTIVES)
+    objective: str = option(
+        "feature",
+        "what a module learns from; end-to-end for a model with weights (--pretrained, --initial-checkpoint)",
+        choices=OBJECTIVES,
+    )
     decoder: str = option("linear", "what maps a module's output back to its input", choices=DECODERS)
     first_target: str = option(
         "image",
@@ -58,7 +62,8 @@ class LearningOptions(Options):
         super().__post_init__()
         if self.objective == "end-to-end" and self.exact_steps:
             raise UserError(
-                "--exact-epochs and --exact-every are for local objectives; end-to-end is exact throughout."
+                "--exact-epochs and --exact-every are for local objectives (--objective feature, for one); end-to-end is exact"
+                " throughout."
             )
 
         if sum((bool(self.freeze), bool(self.train), self.linear_probe)) > 1:
