@@ -60,7 +60,11 @@ class TrainConfig:
         ):
             end_to_end = self.learning.objective == "end-to-end"
             what = "--objective end-to-end" if end_to_end else "an exact step"
-            without = "a local objective (--objective feature)" if end_to_end else "no exact steps (--exact-epochs 0)"
+            without = (
+                "a local objective (--objective feature)"
+                if end_to_end
+                else "no exact steps (--exact-epochs 0 --exact-every 0)"
+            )
             raise UserError(
                 f"--parallel modules cannot train {what}: it needs gradients from later modules, and nothing is sent back; use"
                 f" --parallel data, which gives exact gradients on any number of devices, or {without}."

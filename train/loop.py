@@ -65,6 +65,7 @@ SEARCH = 50  # steps that float16's loss scaling may skip while it looks for its
 RESUMABLE = {
     "epochs",
     "exact_epochs",
+    "exact_every",
     "data",
     "data_dir",
     "download",

@@ -37,13 +37,13 @@ def make_plan(config: TrainConfig, asked: Collection[str]) -> Search:
     """
     if config.memory.budget is None:
         raise UserError("--memory is missing: give the card's, such as --memory 4GiB.")
-    finish = {"objective", "exact_epochs", "exact_every"}.intersection(asked)
+    decided = {"objective", "exact_epochs", "exact_every"}.intersection(asked)
     return search(
         _skeleton(config),
         batch_size=config.optimization.batch_size,
         budget=config.memory.budget,
         objective=config.learning.objective if "objective" in asked else None,
-        exact_share=config.exact_share if finish else None,
+        exact_share=config.exact_share if decided else None,
         **planned_for(config),
         **_options(config),
     )

@@ -65,7 +65,7 @@ def lasting(options: Options) -> dict[str, Any]:
     """Those of ``options`` that the result hangs on. The data are told by the task: a path is another on every machine."""
     from fastlocal.train.loop import RESUMABLE
 
-    passing = {"output", "experiment"} | RESUMABLE - {"epochs", "exact_epochs"}
+    passing = {"output", "experiment"} | RESUMABLE - {"epochs", "exact_epochs", "exact_every"}
     return {name: value for name, value in options.items() if name not in passing}
 
 

@@ -209,7 +209,7 @@ def test_what_is_refused_at_the_start(processes: Processes, tmp_path: Path) -> N
     assert "--parallel modules cannot train --objective end-to-end" in refused(2, *MODULES, "--objective", "end-to-end")
     refusal = refused(2, *MODULES, "--exact-epochs", 1)
     assert "--parallel modules cannot train an exact step" in refusal
-    assert "or no exact steps (--exact-epochs 0)." in refusal
+    assert "or no exact steps (--exact-epochs 0 --exact-every 0)." in refusal
     assert "--data-parallel 2 is for --parallel modules" in refused(2, "--data-parallel", 2)
     assert "--data-parallel 3 does not divide the 2 processes" in refused(2, *MODULES, "--data-parallel", 3)
     assert "modules: 1 modules are too few for 2" in refused(2, *MODULES, "--modules", 1)

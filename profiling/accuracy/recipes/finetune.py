@@ -4,7 +4,7 @@ Result, seeds 3 to 5, on which nothing was chosen: `end-to-end` 76.08 ± 0.42 %,
 exact, which `swin_cifar` chose, 73.39 ± 0.18; `cross-entropy`, seed 3 alone, 67.48. So `fastlocal train` fine-tunes with exact
 gradients unless told otherwise. Rows and table: `profiling/results/accuracy/finetune.md`. The start came to 73.2 % on its own
 five classes.
-Time: 45 minutes for the start and 12 to 15 for a run on one core without bf16 units, two side by side.
+Time: 50 minutes for the start and 12 to 20 for a run on one busy core without bf16 units, two side by side.
 Commands, with five classes' images under data/first and the other five's under data/second (train/CLASS/*, val/CLASS/*; there
 by the alphabet, 2,000 and 500 images a class of `swin_cifar`'s):
 
