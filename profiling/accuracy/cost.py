@@ -25,7 +25,7 @@ def flops_ratio(config: TrainConfig, classes: int, image_size: tuple[int, int], 
     cost = (total - exact) * _step_flops(_said(once), classes, image_size, exact=False)
     if exact:
         cost += exact * _step_flops(_said(once), classes, image_size, exact=True)
-    plain = once.changed(objective="end-to-end", modules=1, recompute="none")
+    plain = once.changed(objective="end-to-end", modules=1, recompute="none", freeze=())
     return cost / (total * _step_flops(_said(plain), classes, image_size, exact=False))
 
 

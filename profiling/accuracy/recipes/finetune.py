@@ -20,14 +20,24 @@ from fastlocal.finish import FINISH
 from fastlocal.profiling.accuracy.recipe import OfEpochs
 from fastlocal.profiling.accuracy.recipes import swin_cifar
 
+_FEATURE = {"objective": "feature"}
+_FINISH = {**_FEATURE, "exact_epochs": OfEpochs(FINISH)}
+_HALF_FROZEN = {"freeze": ("patch_embed", "layers.0", "layers.1")}  # the first two of four modules
+
 RECIPE = replace(
     swin_cifar.RECIPE,
     base={**swin_cifar.RECIPE.base, "epochs": 10, "lr": 2e-4, "warmup_epochs": 1.0},
     tasks={"CIFAR-10 (JPEG q75), five more classes": {"data": "folder:data/second"}},
     variants={
         "end-to-end": {"objective": "end-to-end"},
-        "feature": {"objective": "feature"},
-        "feature, last 40 % exact": {"objective": "feature", "exact_epochs": OfEpochs(FINISH)},
+        "feature": _FEATURE,
+        "feature, last 40 % exact": _FINISH,
+        "feature, last 80 % exact": {**_FEATURE, "exact_epochs": OfEpochs(0.8)},
+        "feature, every 2nd step exact": {**_FEATURE, "exact_every": 2},
+        "feature, look-ahead 1, last 40 % exact": {**_FINISH, "lookahead": 1},
+        "feature, K=2, last 40 % exact": {**_FINISH, "modules": 2},
+        "first half frozen, feature, last 40 % exact": {**_FINISH, **_HALF_FROZEN},
+        "first half frozen, end-to-end": {"objective": "end-to-end", **_HALF_FROZEN},
         "image": {"objective": "image"},
         "cross-entropy": {"objective": "cross-entropy"},
         "transport": {"objective": "transport"},
