@@ -23,9 +23,13 @@ RESULTS = Path("profiling/results")  # in the directory the command runs in
 Row = Mapping[str, Any]
 
 
-@functools.cache
 def origin() -> dict[str, str]:
-    """Where numbers taken in this process come from: card (or processor), driver, torch, triton, commit, date."""
+    """Where a number taken in this process just now comes from: card (or processor), driver, torch, triton, commit, date."""
+    return {**_machine(), "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")}
+
+
+@functools.cache
+def _machine() -> dict[str, str]:
     import torch
 
     try:
@@ -39,7 +43,6 @@ def origin() -> dict[str, str]:
         "torch": torch.__version__,
         "triton": triton,
         "commit": _commit(),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }
 
 
@@ -71,11 +74,18 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9]+", "-", text).strip("-").lower()
 
 
-def append_row(path: Path, row: Row) -> None:
-    """Append ``row`` and its `origin` to a JSON Lines file, at once, so that a crash loses nothing."""
+def append_row(path: Path, row: Row) -> dict[str, Any]:
+    """Append ``row``, and of its `origin` what it does not tell itself, to a JSON Lines file, at once: no crash loses it.
+
+    Returns:
+        The row as it reads back.
+    """
+    line = json.dumps({**origin(), **row})
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write(json.dumps({**row, **origin()}) + "\n")
+        file.write(line + "\n")
+    written: dict[str, Any] = json.loads(line)
+    return written
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -51,7 +51,7 @@ from fastlocal.train.logs import check_log
 from fastlocal.train.losses import training_loss
 from fastlocal.train.options.values import flag
 from fastlocal.train.ranks import AnyReport, Crew, Silence, first_process, joined
-from fastlocal.train.report import Report, peak_memory
+from fastlocal.train.report import Report, device_name, forget_peak, peak_memory
 from fastlocal.train.run_folder import RunFolder, SaveError, default_name
 from fastlocal.train.sheet import contact_sheet
 from fastlocal.train.signals import StopRequest
@@ -216,6 +216,7 @@ class _Run:
     ) -> None:
         check_log(config.reports.log)
         self.config, self.device, self.progress, self.crew = config, build_device(config), Progress(), crew
+        forget_peak(self.device)
         start = (
             read_start(config.model.initial_checkpoint) if config.model.initial_checkpoint and saved is None else None
         )
@@ -517,6 +518,7 @@ class _Run:
             "validation_loss": measured[0].loss,
             "validation_accuracy": measured[0].accuracy,
             "lr": progress.lr,
+            "device": device_name(self.device),
             "images_per_second": samples / progress.seconds,
             "seconds": progress.seconds,
             "peak_memory_bytes": peak_memory(self.device),

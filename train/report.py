@@ -17,6 +17,18 @@ from fastlocal.train.errors import printable
 from fastlocal.train.logs import Log, flat, open_log
 
 
+def device_name(device: torch.device) -> str:
+    """The card's name, or CPU."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_memory` count anew on a CUDA device: this process may have trained another model before."""
+    if device.type == "cuda":
+        torch.cuda.init()  # without it there are no counts to reset
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_memory(device: torch.device) -> int | None:
     """Bytes at the peak so far: allocated by torch on a CUDA device, resident in the whole process on a CPU.
 

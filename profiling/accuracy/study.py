@@ -33,12 +33,7 @@ def run(jobs: Sequence[Job], path: Path) -> Iterator[dict[str, Any]]:
         Stopped: after the first signal.
     """
     for job in jobs:
-        row = find(job, results.read_rows(path))
-        if row is None:
-            results.append_row(path, row_of(job))
-            row = find(job, results.read_rows(path))
-            assert row is not None
-        yield row
+        yield find(job, results.read_rows(path)) or results.append_row(path, row_of(job))
 
 
 def find(job: Job, rows: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
@@ -76,6 +71,9 @@ def row_of(job: Job) -> dict[str, Any]:
         raise Stopped(summary.exit_code)
     epochs = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     saved = checkpoint.load(folder / "last.pt")
+    # A run may have gone on elsewhere than it began, and --device need not be what the machine has best.
+    card = epochs[-1].get("device", "unknown")
+    there = [epoch for epoch in epochs if epoch.get("device", "unknown") == card]
     return {
         "bench": "accuracy",
         **job.key,
@@ -92,6 +90,7 @@ def row_of(job: Job) -> dict[str, Any]:
             flops_ratio(config, len(saved["classes"]), tuple(saved["preprocessing"]["image_size"]), epochs[0]["step"]),
             4,
         ),
-        "images_per_second": statistics.median(epoch["images_per_second"] for epoch in epochs),
-        "peak_bytes": max(epoch["peak_memory_bytes"] for epoch in epochs),
+        "card": card,
+        "images_per_second": statistics.median(epoch["images_per_second"] for epoch in there),
+        "peak_bytes": max((epoch["peak_memory_bytes"] for epoch in there if epoch["peak_memory_bytes"]), default=None),
     }

@@ -94,6 +94,7 @@ def _table(recipe: Recipe, tier: Tier) -> str:
         gaps = group.gap(reference) if reference is not None and group is not reference else []
         published = recipe.published.get((tier.task, group.variant))
         timed = group.on(card)
+        peaks = [row["peak_bytes"] for row in timed.rows if row["peak_bytes"] is not None]
         lines.append(
             {
                 "recipe": group.variant,
@@ -103,7 +104,7 @@ def _table(recipe: Recipe, tier: Tier) -> str:
                 "gap": spread(gaps, sign=True) if gaps else "",
                 "seeds": ", ".join(map(str, sorted(group.accuracies))),
                 "speed": timed.mean("images_per_second") if timed.rows else None,
-                "peak": f"{timed.mean('peak_bytes') / 2**20:,.0f}" if timed.rows else None,
+                "peak": f"{statistics.fmean(peaks) / 2**20:,.0f}" if peaks else None,
                 **({"published": f"{published:.2f}"} if published is not None else {}),
             }
         )

@@ -60,6 +60,5 @@ class Campaign:
 
     def add(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """Write ``row`` with its origin, at once, and count it as done."""
-        results.append_row(self.path, row)
-        self.rows.append(json.loads(json.dumps({**row, **results.origin()})))
+        self.rows.append(results.append_row(self.path, row))
         return self.rows[-1]

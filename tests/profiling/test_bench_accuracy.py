@@ -92,6 +92,35 @@ def test_a_stopped_campaign_goes_on(arguments: list[str], monkeypatch: pytest.Mo
     assert steps == 2 * 2 * 4  # two objectives, two epochs, four steps: none is done twice
 
 
+def test_speed_and_memory_are_those_of_the_machine_that_a_run_ended_on(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step = LocalTrainer.step
+
+    def stopping(self: LocalTrainer, *batch: torch.Tensor, **options: Any) -> object:
+        if Path("runs").exists() and any(Path("runs").glob("*/metrics.jsonl")):
+            os.kill(os.getpid(), signal.SIGINT)
+        return step(self, *batch, **options)
+
+    monkeypatch.setattr("fastlocal.profiling.accuracy.cost.flops_ratio", lambda *_: 1.0)
+    monkeypatch.setattr(LocalTrainer, "step", stopping)
+    assert bench([*arguments[:-2], "feature"]) == 130
+    (metrics,) = Path("runs").glob("*/metrics.jsonl")
+    first = json.loads(metrics.read_text())
+    assert first["device"] == "CPU"
+    first |= {"device": "NVIDIA H100", "images_per_second": 1e9, "peak_memory_bytes": 2**60}
+    metrics.write_text(json.dumps(first) + "\n")
+
+    monkeypatch.setattr(LocalTrainer, "step", step)
+    monkeypatch.setattr(results, "origin", lambda: {"card": "a card beside", "commit": "", "date": "", "torch": ""})
+    assert bench([*arguments[:-2], "feature"]) == 0
+    (row,) = results.read_rows(Path("rows/accuracy/objectives.jsonl"))
+    assert row["card"] == "CPU"
+    assert len(row["curve"]) == 2
+    assert row["images_per_second"] < 1e8
+    assert row["peak_bytes"] < 2**50
+
+
 def test_runs_side_by_side_write_the_rows_of_runs_in_turn(
     arguments: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import shutil
 from dataclasses import asdict
@@ -39,6 +40,22 @@ def _kernels(op: str, shape: str, **figures: Any) -> dict[str, Any]:
     place = {"bench": "kernels", "op": op, "shape": shape, "dtype": "bfloat16", "provider": "fastlocal", "batch": 64}
     times = {"p50_ms": 0.1, "gb_per_s": 1500.0, "of_copy_bandwidth": 0.5, "peak_mib": 10.0, "error": None}
     return {**place, "direction": "forward", **times, **figures}
+
+
+def test_a_row_bears_the_time_it_was_written_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock(datetime.datetime):
+        times = iter(range(3))
+
+        @classmethod
+        def now(cls, tz: datetime.tzinfo | None = None) -> Clock:
+            return cls(2026, 11, 27, hour=next(cls.times), tzinfo=tz)
+
+    monkeypatch.setattr(results.datetime, "datetime", Clock)
+    written = [results.append_row(tmp_path / "rows.jsonl", row) for row in ({}, {"card": "another"}, {"commit": "b"})]
+    assert [row["date"][11:13] for row in written] == ["00", "01", "02"]
+    assert written[1]["card"] == "another"  # what a row tells itself is not its process's
+    assert written[2]["commit"] == "b"
+    assert results.read_rows(tmp_path / "rows.jsonl") == written
 
 
 @pytest.fixture
