@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,13 +45,14 @@ def _model(rows: Sequence[Row]) -> str:
 def _curves(pyplot: Any, found: Sequence[Group]) -> Any:
     """Validation accuracy of the last exit over the epochs: the mean over seeds, and their range."""
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for group, colour in zip(found, _colours(len(found)), strict=True):
+    for group, look in zip(found, _looks(len(found)), strict=True):
         curves = [[100 * exits[-1] for exits in row["curve"]] for row in group.rows]
         means = [statistics.fmean(at) for at in zip(*curves, strict=True)]
         epochs = range(1, len(means) + 1)
-        axes.plot(epochs, means, color=colour, label=f"{group.variant} ({len(curves)} seed{'s' * (len(curves) > 1)})")
+        several = "s" * (len(curves) > 1)
+        axes.plot(epochs, means, look.line, color=look.colour, label=f"{group.variant} ({len(curves)} seed{several})")
         lowest, highest = ([limit(at) for at in zip(*curves, strict=True)] for limit in (min, max))
-        axes.fill_between(epochs, lowest, highest, color=colour, alpha=0.15, linewidth=0)
+        axes.fill_between(epochs, lowest, highest, color=look.colour, alpha=0.15, linewidth=0)
     axes.set(xlabel="epoch", ylabel="validation accuracy, %")
     _finish(axes)
     return figure
@@ -60,16 +62,17 @@ def _gaps(pyplot: Any, found: Sequence[Group], reference: str) -> Any:
     """Points behind the reference, against the number of modules and against extra compute."""
     exact = next(group for group in found if group.variant == reference)
     figure, (by_modules, by_compute) = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True, layout="constrained")
-    drawn = [(group, colour) for group, colour in zip(found, _colours(len(found)), strict=True) if group.gap(exact)]
-    modules = [len(g.rows[0]["exits"]) if g is not exact else g.rows[0]["modules"] for g, _ in drawn]
-    for i, (group, colour) in enumerate(drawn):
+    drawn = [(group, look) for group, look in zip(found, _looks(len(found)), strict=True) if group.gap(exact)]
+    modules = [_modules(group) for group, _ in drawn]
+    for i, (group, look) in enumerate(drawn):
         gaps = group.gap(exact)
         gap, error = statistics.fmean(gaps), statistics.stdev(gaps) if len(gaps) > 1 else 0.0
         # Those of one K stand side by side.
         beside = modules[i] + 0.06 * (modules[:i].count(modules[i]) - (modules.count(modules[i]) - 1) / 2)
         extra = 100 * (group.mean("flops_ratio") - 1)
         for axes, x in ((by_modules, beside), (by_compute, extra)):
-            axes.errorbar(x, gap, error, color=colour, marker="o", capsize=3, linestyle="none", label=group.variant)
+            drawing = {"color": look.colour, "marker": look.marker, "capsize": 3, "linestyle": "none"}
+            axes.errorbar(x, gap, error, label=group.variant, **drawing)
     by_modules.set(xlabel="modules K", ylabel=f"points behind {reference}", xticks=sorted(set(modules)))
     by_compute.set(xlabel="extra compute over plain training, % of FLOPs")
     for axes in (by_modules, by_compute):
@@ -79,8 +82,23 @@ def _gaps(pyplot: Any, found: Sequence[Group], reference: str) -> Any:
     return figure
 
 
-def _colours(count: int) -> list[str]:
-    return [plots.COLOURS[i % len(plots.COLOURS)] for i in range(count)]
+def _modules(group: Group) -> int:
+    """K: as asked for, or, where that is no number, what came of it. A frozen module has no exit."""
+    asked = group.rows[0]["modules"]
+    return asked if isinstance(asked, int) else len(group.rows[0]["exits"])
+
+
+@dataclass(frozen=True)
+class _Look:
+    colour: str
+    line: str
+    marker: str
+
+
+def _looks(count: int) -> list[_Look]:
+    """One for each variant, all different: once the colours are used up, another line and marker."""
+    found = [_Look(colour, *drawn) for drawn in (("-", "o"), ("--", "s"), (":", "^")) for colour in plots.COLOURS]
+    return [found[i % len(found)] for i in range(count)]
 
 
 def _finish(axes: Any) -> None:

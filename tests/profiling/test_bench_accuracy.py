@@ -281,6 +281,20 @@ def test_a_claim_has_pictures_of_its_own(tmp_path: Path) -> None:
     assert (tmp_path / drawn[1]).read_bytes() == before
 
 
+def test_pictures_tell_many_variants_apart_and_show_k_as_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(plots, "_save", lambda path, title, figure: figures.append(figure))
+    names = ["end-to-end", *(f"variant {i}" for i in range(11))]
+    rows = [_row(name, 0, 0.5, model="swin", modules=4, exits=["module 4"]) for name in names]
+    plots.draw("tiny", replace(STUDY, seeds=(0,)), rows, Path())
+    curves, gaps = figures
+    looks = {(line.get_color(), line.get_linestyle()) for line in curves.axes[0].lines}
+    assert len(looks) == len(names)
+    markers = {(line.get_color(), line.get_marker()) for line in gaps.axes[1].lines if line.get_marker() in "os^"}
+    assert len(markers) == len(names)
+    assert list(gaps.axes[0].get_xticks()) == [4]  # a frozen module has no exit, and is one of the four
+
+
 def test_speed_and_memory_are_of_one_card() -> None:
     rows = [_row("end-to-end", 0, 0.5, images_per_second=3000.0, card="H100") for _ in range(2)]
     rows += [_row("end-to-end", 1, 0.6), *(_row("feature", seed, 0.5, card="H100") for seed in (0, 1))]
@@ -289,6 +303,8 @@ def test_speed_and_memory_are_of_one_card() -> None:
     assert "55.00 ± 7.07" in exact, "both cards' accuracies count"
     assert "3,000" in exact
     assert image.split("|")[-3].strip() == "", "not timed on that card"
+    unknown = table.markdown(STUDY, [_row("end-to-end", 0, 0.5, peak_bytes=None)]).splitlines()[-1]
+    assert unknown.split("|")[-2].strip() == "", "a system may not tell its peak"
 
 
 def test_no_matplotlib_no_plots(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
