@@ -8,6 +8,7 @@ the results folder.
 
 Accuracy is that of the last epoch, not of the best one. Images per second are the median over the epochs, of runs one
 after another or, with ``--jobs``, side by side: a machine that is busy with other things weighs on some more than on others.
+Peaks are what torch allocated on a card for a run, and on a CPU all that its process has held so far, earlier runs included.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from fastlocal.train.config import TrainConfig
 
 
 def flops_ratio(config: TrainConfig, classes: int, image_size: tuple[int, int], steps: int) -> float:
-    """FLOPs of the run's average step ÷ those of a plain step: one module, nothing recomputed.
+    """FLOPs of the run's average step ÷ those of a plain step: one module, nothing recomputed, nothing frozen.
 
     Args:
         steps: of an epoch; they tell how many of the run's are exact.
@@ -25,7 +25,8 @@ def flops_ratio(config: TrainConfig, classes: int, image_size: tuple[int, int], 
     cost = (total - exact) * _step_flops(_said(once), classes, image_size, exact=False)
     if exact:
         cost += exact * _step_flops(_said(once), classes, image_size, exact=True)
-    plain = once.changed(objective="end-to-end", modules=1, recompute="none", freeze=())
+    whole = once.changed(freeze=(), train=(), linear_probe=False)
+    plain = whole.changed(objective="end-to-end", modules=1, recompute="none")
     return cost / (total * _step_flops(_said(plain), classes, image_size, exact=False))
 
 

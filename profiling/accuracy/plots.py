@@ -96,7 +96,7 @@ class _Look:
 
 
 def _looks(count: int) -> list[_Look]:
-    """One for each variant, all different: once the colours are used up, another line and marker."""
+    """One for each variant, up to 24 different ones: once the colours are used up, another line and marker."""
     found = [_Look(colour, *drawn) for drawn in (("-", "o"), ("--", "s"), (":", "^")) for colour in plots.COLOURS]
     return [found[i % len(found)] for i in range(count)]
 

@@ -242,6 +242,16 @@ def test_exact_steps_cost_one_more_forward_of_all_modules_but_the_last() -> None
     assert flops_ratio(config.changed(exact_epochs=1), 10, (8, 8), 10) == pytest.approx(1 + (exact - 1) / 4, abs=0.02)
 
 
+def test_frozen_parts_cost_less_than_training_the_whole_model() -> None:
+    whole = TrainConfig.of(**VIT, modules=2, objective="cross-entropy", epochs=4, exact_epochs=0)
+    for partly in (
+        {"freeze": ("patch_embed", "pos_embed", "cls_token", "blocks.0", "blocks.1")},
+        {"train": ("blocks.2", "blocks.3")},
+    ):
+        ratio = flops_ratio(whole.changed(**partly), 10, (8, 8), 10)
+        assert ratio == pytest.approx(1 / 6 + 1 / 2, rel=0.05)  # a third of one half, all of the other
+
+
 def _row(variant: str, seed: int, accuracy: float, **more: Any) -> dict[str, Any]:
     cost = {
         "flops_ratio": 1.1,
