@@ -4,8 +4,9 @@ Result, seeds 0 to 2, mean and standard deviation: `end-to-end` 64.69 ± 0.18 % 
 `feature` 63.54 ± 0.86 at 1.06, with the last 20 % of its epochs exact 64.57 ± 0.76 at 1.10, with the last 40 % 65.77 ± 0.82 at
 1.13: the choice. `image` 62.90 ± 0.40. K=2: `feature` 64.39 ± 0.71, `image` 63.13 ± 0.22, both at 1.01. Seed 0 alone:
 look-ahead 64.52 at 1.46, every fifth step exact 64.38 at 1.10, `transport` 57.38, `cross-entropy` 56.08. Seeds 3 to 5, which
-nothing was chosen on: the choice 65.37 ± 0.43, `end-to-end` 64.83 ± 0.30.
-Rows and table: `profiling/results/accuracy/swin_cifar.md`.
+nothing was chosen on: the choice 65.37 ± 0.43, `end-to-end` 64.83 ± 0.30; in 100 epochs 70.67 ± 0.11 and 70.11 ± 0.08.
+Rows and table: `profiling/results/accuracy/swin_cifar.md`. Those of 100 epochs ran on an H100 until their 76th to 85th, then on
+a CPU, whose speed and memory they give.
 Time: five minutes for 15 runs side by side on an H100 (--jobs 15 under CUDA's multi-process service, which
 `nvidia-cuda-mps-control -d` starts; 18 GB, 16 processor cores); a run takes 40 to 100 minutes on one core without bf16 units
 (fp32), 26 with them (--amp; without them it computes in fp32). 14 variants and 3 seeds: 42 runs, seed by seed; what has a
