@@ -53,9 +53,9 @@ class LocalTrainer:
             62.90 ± 0.40, and with the last two fifths of its steps ``exact``, as `fastlocal train` has them unless told
             otherwise, to 65.77 ± 0.82 where ``"end-to-end"`` came to 64.69 ± 0.18
             (`profiling/results/accuracy/swin_cifar.md`); on digits ``"cross-entropy"`` fell behind by 11 points
-            (`digits.md` there), on CIFAR-10 by 8.5, ``"transport"`` by 7. To fine-tune, take ``"end-to-end"``: it came to
-            75.53 ± 0.10, ``"feature"`` to 71.41 ± 1.20; or freeze the first modules, with which ``"feature"`` and a finish came
-            to 76.01 ± 0.06 (`finetune.md` there). The other decoders have no rows yet.
+            (`digits.md` there), on CIFAR-10 by 8.5, ``"transport"`` by 7 (one seed). To fine-tune, take ``"end-to-end"``:
+            it came to 75.53 ± 0.10, ``"feature"`` to 71.41 ± 1.20; or freeze the first modules, with which ``"feature"`` and a
+            finish came to 76.01 ± 0.06 (`finetune.md` there). The other decoders have no rows yet.
         decoder: ``"linear"``, ``"mlp"``, ``"conv"`` or ``"transformer"``; see `fastlocal.decoders`; or what makes one from
             (source, target, reconstruction, normalize_target).
         head: makes the auxiliary head of a local module from the geometry of what it reads and the number of classes.

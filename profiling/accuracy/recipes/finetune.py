@@ -8,7 +8,7 @@ gradients throughout); `feature` 71.41 ± 1.20, `image` 68.33 ± 1.05, `cross-en
 on the data, so `fastlocal train` fine-tunes with exact gradients unless told otherwise. Rows and table:
 `profiling/results/accuracy/finetune.md`. The start came to 73.6 % on its own five classes; from another, of 73.2 %, seeds 3 to
 5 ended at 76.08 ± 0.42, 71.25 ± 0.65 (`feature`) and 73.39 ± 0.18.
-Time: 40 seconds a run on an H100, 16 at a time, two minutes for the start; 4 to 20 minutes a run on one core, 50 for the start.
+Time: 40 seconds a run on an H100, 16 at a time, two minutes for the start; 3 to 20 minutes a run on one core, 50 for the start.
 Commands, with five classes' images under data/first and the other five's under data/second (train/CLASS/*, val/CLASS/*; there
 by the alphabet, 2,000 and 500 images a class of `swin_cifar`'s):
 

@@ -3,7 +3,7 @@
 Result, seeds 3 to 5, on which nothing was chosen: with the last 40 % exact K=4 comes to 68.93 ± 0.05 % at 1.12 times the FLOPs
 of plain training and K=8 to 66.74 ± 0.23 at 1.16, where `end-to-end` comes to 67.15 ± 0.14 at 1.25. Rows and table:
 `profiling/results/accuracy/vit_cifar.md`.
-Time: four to seven minutes for 9 runs on an H100, side by side; 55 minutes for 10 epochs on one core.
+Time: eight minutes for 9 runs on an H100, side by side; 55 minutes for 10 epochs on one core.
 Command, with the images where `swin_cifar` has them:
 
     fastlocal bench accuracy --recipe vit_cifar --seeds 3 4 5
